@@ -1,0 +1,291 @@
+"""The idea: noise and images are two points of one hypersphere, and a transformer learns to walk from one to the other.
+
+A frozen autoencoder (encode.py) turns an image into a latent z: T tokens of C channels, d = T*C numbers. Scaled to
+rms 1, z lies on the sphere of radius sqrt(d), and so does Gaussian noise e. Both are equally long and, d being large,
+nearly orthogonal, so mixing in noise is a rotation of z towards e. The denoiser D is given the rotated point and the class y,
+not the angle, and predicts z:
+
+    v = cos(a) z + sin(a) e              `rotate`, its angle a drawn by `noise_angle`
+    L = |D(v, y) - z|^2                  `losses`: latent reconstruction,
+      + w |D(v, y) - sg D(v', y)|^2      and consistency with a point v' on the same arc, nearer to z
+
+Sampling begins at pure noise and takes a few steps, each a smaller rotation back towards the same noise (`generate`):
+
+    v = e;  x = D(v, y);  v = rotate(x, e, a_1);  x = D(v, y);  v = rotate(x, e, a_2);  ...;  image = decode(x), once
+
+Source: "Efficient Image Synthesis with Sphere Latent Encoder", arXiv 2605.15592; geometry after Sphere Encoder, arXiv 2602.15030.
+Shapes: B batch, T tokens, C latent channels, D width, H heads.   `python model.py` lists the presets and their sizes.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------- the sphere
+
+SPHERES = {"global": (1, 2), "token": (2,), "none": ()}    # the dimensions of (B, T, C) that share one radius
+
+
+def to_sphere(z, sphere="global"):
+    """Project latents onto the hypersphere: z / rms(z), in float32.
+
+    z: (B, T, C), any float dtype. sphere: "global", one sphere of radius sqrt(T*C) per latent; "token", one of radius
+    sqrt(C) per token; "none", z unchanged. Returns (B, T, C) float32. Source: Sphere Encoder, RMS-norm projection f.
+    """
+    z = z.float()
+    if sphere == "none":
+        return z
+    return z * z.pow(2).mean(SPHERES[sphere], keepdim=True).clamp_min(1e-12).rsqrt()
+
+
+def rotate(z, noise, angle, sphere="global"):
+    """Walk from z towards noise along their great circle: cos(a) z + sin(a) e, e being the part of noise orthogonal to z.
+
+    z, noise: (B, T, C), projected first. angle: (B,) or a scalar, radians. Returns (B, T, C) float32 on the sphere, at
+    exactly `angle` from z. With e orthogonal to z this equals Sphere Encoder's f(z + tan(a) e). Under sphere "none" (the
+    ablation) it is that sum without f. Source: arXiv 2602.15030, noising on the sphere; paper, "noisy latents are projected".
+    """
+    z, e = to_sphere(z, sphere), to_sphere(noise, sphere)
+    angle = torch.as_tensor(angle, dtype=torch.float32, device=z.device).view(-1, 1, 1)           # (B or 1, 1, 1)
+    if sphere == "none":
+        return z + angle.tan() * e
+    e = to_sphere(e - z * (z * e).mean(SPHERES[sphere], keepdim=True), sphere)
+    return angle.cos() * z + angle.sin() * e
+
+
+ANGLE_LAWS = ("logit_normal", "tangent", "uniform")
+
+
+def noise_angle(u, law="logit_normal", max_angle=80.0, mean=0.0, std=1.0):
+    """Turn uniform numbers into noise angles: tan(a) = r tan(max_angle), r in [0, 1] by the law.
+
+    u: (B,) in [0, 1); stratify it over the batch for a calmer loss. law: "logit_normal", r = sigmoid(mean + std * normal), the
+    paper's; "tangent", r = u, Sphere Encoder's; "uniform", a = u * max_angle, Sphere Encoder 2's. max_angle: degrees.
+    Returns (B,) float32 radians. What is left of z at angle a is a signal-to-noise ratio of sqrt(T*C) / tan(a).
+    """
+    limit = math.radians(max_angle)
+    if law == "uniform":
+        return u * limit
+    if law == "logit_normal":
+        u = torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+    return torch.atan(u * math.tan(limit))
+
+
+# ---------------------------------------------------------------------------------------------------- the denoiser
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that the weights need to mean something: the latent's shape, the network's size, the sphere."""
+    tokens: int = 256               # T, a square grid
+    channels: int = 768             # C
+    num_classes: int = 1000         # one more row is kept for "no class"
+    width: int = 768                # D
+    depth: int = 12
+    heads: int = 12
+    sphere: str = "global"          # one of SPHERES
+    max_angle: float = 80.0         # degrees; the noisiest point of training
+
+
+PRESETS = {    # patch size 1 throughout: a token of the latent is a token of the transformer
+    "tiny": dict(width=192, depth=6, heads=6),
+    "S": dict(width=384, depth=12, heads=6),
+    "B": dict(width=768, depth=12, heads=12),
+    "L": dict(width=1024, depth=24, heads=16),
+    "XL": dict(width=1152, depth=28, heads=16),
+}
+
+
+class Attention(nn.Module):
+    """Self-attention over all tokens, with RMS-normalised queries and keys so that bf16 logits can't run away."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)             # 3 x (B, H, T, D/H)
+        x = F.scaled_dot_product_attention(self.q_norm(q).to(v), self.k_norm(k).to(v), v)          # (B, H, T, D/H)
+        return self.proj(x.transpose(1, 2).flatten(2))                                             # (B, T, D)
+
+
+class SwiGLU(nn.Module):
+    """The MLP: silu(x W1) * (x W2), then W3; two thirds of the usual 4x width, so that it costs the same."""
+
+    def __init__(self, width):
+        super().__init__()
+        hidden = 8 * round(width / 3)
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class Block(nn.Module):
+    """A transformer block whose shifts, scales and gates come from the class alone (adaLN-zero)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.RMSNorm(width, eps=1e-6)
+        self.mlp = SwiGLU(width)
+        self.adaln = nn.Linear(width, 6 * width)
+
+    def forward(self, x, y):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(y).unsqueeze(1).chunk(6, dim=2)  # 6 x (B, 1, D)
+        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
+        x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return x
+
+
+class Denoiser(nn.Module):
+    """A SiT-style transformer from a noisy latent and its class to the clean latent; it is not told the noise angle.
+
+    Source: the released XL/1 state dict (401 tensors, 675,160,896 numbers), which has room for no noise-level embedding.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.embed = nn.Linear(config.channels, width)
+        self.register_buffer("position", sincos_2d(config.tokens, width))
+        self.classes = nn.Embedding(config.num_classes + 1, width)                                 # last row: no class
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.adaln = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, config.channels)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.classes.weight, std=0.02)
+        for layer in [block.adaln for block in self.blocks] + [self.adaln, self.out]:
+            nn.init.zeros_(layer.weight)                           # adaLN-zero: every block begins as the identity
+
+    def forward(self, z, labels):
+        """Predict the clean latent. z: (B, T, C) on the sphere; labels: (B,) int64, num_classes for none -> (B, T, C)."""
+        y = F.silu(self.classes(labels))                                                           # (B, D)
+        x = self.embed(z) + self.position                                                          # (B, T, D)
+        for block in self.blocks:
+            x = block(x, y)
+        shift, scale = self.adaln(y).unsqueeze(1).chunk(2, dim=2)                                  # 2 x (B, 1, D)
+        return self.out(self.norm(x) * (1 + scale) + shift)                                        # (B, T, C)
+
+
+def sincos_2d(tokens, width):
+    """Fixed sine-cosine positions of a square grid, row by row: (1, T, D), a quarter each for sin x, cos x, sin y, cos y."""
+    side = math.isqrt(tokens)
+    if side * side != tokens or width % 4:
+        raise ValueError(f"positions need a square number of tokens and a width divisible by 4, got {tokens} and {width}")
+    frequency = 10000.0 ** (-torch.arange(width // 4) / (width // 4))                              # (D/4,)
+    phase = torch.arange(side)[:, None] * frequency                                                # (side, D/4)
+    wave = torch.cat([phase.sin(), phase.cos()], dim=1)                                            # (side, D/2)
+    return torch.cat([wave.repeat(side, 1), wave.repeat_interleave(side, dim=0)], dim=1)[None]
+
+
+# ---------------------------------------------------------------------------------------------------- the losses
+
+CONSISTENCY_TARGETS = ("stop", "gradient", "ema")
+
+
+def losses(model, z, labels, noise, angle, nearer, consistency_weight=0.0, consistency_target="stop", weak_weight=0.0,
+           ema=None, sphere="global"):
+    """Latent reconstruction and consistency of one batch, in float32.
+
+    z, noise: (B, T, C) clean latents and Gaussian noise; labels: (B,). angle: (B,) radians of the noisy ("strong") points.
+    nearer: (B,) uniform in [0, 1); the "weak" point lies on the same arc at tan(weak) = nearer/2 * tan(angle).
+    consistency_weight: w; 0 leaves the weak point out (3 forwards' worth of compute instead of 4 to 6).
+    consistency_target: what the strong output is pulled to, the weak output behind a stop-gradient ("stop"), with its gradient
+    ("gradient"), or computed by the `ema` model ("ema"). weak_weight: the weak output's own reconstruction loss.
+    Returns (total, reconstruction (B,), consistency (B,)). Source: paper, the two losses; arXiv 2602.15030 for the weak point.
+    """
+    mse = lambda a, b: (a.float() - b.float()).pow(2).mean((1, 2))
+    strong = rotate(z, noise, angle, sphere)
+    if not consistency_weight:
+        reconstruction = mse(model(strong, labels), z)
+        return reconstruction.mean(), reconstruction, torch.zeros_like(reconstruction)
+    weak = rotate(z, noise, torch.atan(0.5 * nearer * angle.tan()), sphere)
+    if consistency_target == "gradient" or weak_weight:            # both points as one batch, both with gradient
+        out, weak_out = model(torch.cat([strong, weak]), torch.cat([labels, labels])).chunk(2)
+    else:
+        out = model(strong, labels)
+    if consistency_target == "ema" or not (consistency_target == "gradient" or weak_weight):
+        with torch.no_grad():
+            target = (ema if consistency_target == "ema" else model)(weak, labels)
+    else:
+        target = weak_out if consistency_target == "gradient" else weak_out.detach()
+    reconstruction, consistency = mse(out, z), mse(out, target)
+    total = reconstruction.mean() + consistency_weight * consistency.mean()
+    return total + (weak_weight * mse(weak_out, z).mean() if weak_weight else 0), reconstruction, consistency
+
+
+# ---------------------------------------------------------------------------------------------------- sampling
+
+def guide(x, x_null, scale, mode="difference"):
+    """Classifier-free guidance: go past the class's prediction x, away from the classless one.
+
+    x, x_null: (B, T, C). scale: 1 returns x. mode: "difference", x_null + scale (x - x_null); "rotation", the same along the
+    great circle from x_null to x, `scale` times their angle, with x's own length. Source: arXiv 2207.12598; 2610.02208.
+    """
+    if mode == "difference":
+        return x_null + scale * (x - x_null)
+    a, b = to_sphere(x_null), to_sphere(x)
+    angle = torch.acos((a * b).mean((1, 2)).clamp(-1, 1))
+    return rotate(a, b, scale * angle) * x.pow(2).mean((1, 2), keepdim=True).sqrt()
+
+
+@torch.no_grad()
+def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=False, noise=None, max_angle=None,
+             strength="falling", fresh_noise=False, cfg_mode="difference", project_last=False, pixel_loop=None):
+    """Draw latents in a few steps: from noise to a prediction, back part of the way towards the noise, and again.
+
+    labels: (B,) int64. steps: calls of the denoiser, at least 1. cfg_scale: 1 turns guidance off; otherwise every step costs two
+    forwards (NFE = 2 * steps). noise: (B, T, C), or (steps, B, T, C) with fresh_noise; drawn with `generator` when None.
+    max_angle: degrees, the first angle to go back by (default: training's). strength: "falling", step k of n goes back by
+    tan(a) = (1 - k/n) tan(max_angle); "constant", by max_angle every time. fresh_noise: new noise at every step instead of the same.
+    cfg_mode: see `guide`. project_last: put the last output on the sphere. pixel_loop: a codec; decode and encode again between
+    the steps, as Sphere Encoder does, to see what staying in latent space saves.
+    Returns (B, T, C) float32, or with return_all (steps, B, T, C), the output of every step. Source: paper, few-step sampling.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    config, device = model.config, labels.device
+    limit = math.radians(config.max_angle if max_angle is None else max_angle)
+    if noise is None:
+        shape = (steps if fresh_noise else 1, len(labels), config.tokens, config.channels)
+        noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+    noise = noise.expand(steps, *noise.shape[-3:])                                                 # (steps, B, T, C)
+    null = torch.full_like(labels, config.num_classes)
+    v = to_sphere(noise[0], config.sphere) * (math.tan(limit) if config.sphere == "none" else 1)
+    outputs = []
+    for step in range(steps):
+        if step:
+            r = 1 - step / steps if strength == "falling" else 1
+            v = rotate(x, noise[step], math.atan(r * math.tan(limit)), config.sphere)
+        if cfg_scale == 1:
+            x = model(v, labels).float()
+        else:
+            x = guide(*model(torch.cat([v, v]), torch.cat([labels, null])).float().chunk(2), cfg_scale, cfg_mode)
+        if step == steps - 1:
+            x = to_sphere(x, config.sphere) if project_last else x
+        elif pixel_loop is not None:
+            x = pixel_loop.encode(pixel_loop.decode(x))
+        outputs.append(x)
+    return torch.stack(outputs) if return_all else x
+
+
+if __name__ == "__main__":
+    for name, preset in PRESETS.items():
+        with torch.device("meta"):
+            model = Denoiser(ModelConfig(**preset))
+        print(f"{name:5s}{sum(t.numel() for t in model.state_dict().values()):13,d} numbers  {preset}")

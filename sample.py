@@ -1,0 +1,221 @@
+"""Draw images in a few steps from a trained denoiser; the decoder runs once, at the end.
+
+    python sample.py --steps 4                                   # newest checkpoint under out/ -> a labelled grid, its path printed
+    python sample.py --classes star ring --cfg_scale 2 --seed 7 --out stars.png
+    python sample.py --num_images 10000 --out samples.npz        # as the ADM evaluator (and fid.py) reads it
+    python sample.py --num_images 500 --out samples/             # numbered PNGs
+    python sample.py --filmstrip                                 # the same noise after 1, 2, ... steps
+
+Image i of a seed is always made from the same noise, however many are asked for and whatever the batch size.
+"""
+import argparse
+import contextlib
+import math
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from encode import codec_path, load_codec, pick_device, run, sha256, to_uint8, write_file
+from model import Denoiser, ModelConfig, generate
+
+CHECKPOINT_FORMAT = 1
+
+
+def find_checkpoint(out_dir="out"):
+    """The most recently written ckpt.pt under out_dir. Raises FileNotFoundError when there is none."""
+    found = sorted(Path(out_dir).rglob("ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"{out_dir}/: no checkpoint (ckpt.pt) yet; train one: python train.py")
+    return found[-1]
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read and check a checkpoint: the dict that train.py saves. Raises FileNotFoundError or ValueError that names the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; train one: python train.py")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        version = checkpoint["format"]
+    except Exception as error:                                     # torch.load raises many kinds on a broken file
+        raise ValueError(f"{path}: is not a whole checkpoint of this project ({str(error).splitlines()[0]}); "
+                         "train anew: python train.py, or give another --ckpt") from error
+    if version != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path}: has checkpoint format {version}, this code reads {CHECKPOINT_FORMAT}; train anew: python train.py")
+    return checkpoint
+
+
+def load_model(checkpoint, device="cpu"):
+    """The EMA denoiser of a checkpoint, frozen, in eval mode."""
+    model = Denoiser(ModelConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["ema"])
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_codec_of(checkpoint, device="cpu"):
+    """The very codec a checkpoint's latents were made with; ValueError if its weights have changed since."""
+    name, dataset = checkpoint["codec"], checkpoint["dataset"]
+    path = codec_path(name, dataset["name"], dataset["data_dir"])
+    codec = load_codec(name, path, device)
+    if sha256(path) != checkpoint["codec_sha256"]:
+        raise ValueError(f"{path}: is not the codec this checkpoint was trained with (fitted again since?); "
+                         f"train anew: python train.py --dataset {dataset['dataset']} --codec {name}")
+    return codec
+
+
+def autocast(device, dtype="auto"):
+    """bf16 autocast on CUDA, plain float32 elsewhere (on CPUs bf16 is slower for small models), or as dtype says."""
+    if dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def draw_noise(seed, indexes, shape):
+    """Gaussian noise (len(indexes), *shape) on the CPU, image i from its own generator seeded with (seed, i)."""
+    one = lambda i: torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
+    return torch.stack([one(i) for i in indexes])
+
+
+def sample_batches(model, codec, labels, batch_size, device, seed=0, dtype="auto", progress=True, **options):
+    """Generate and decode images for labels (N,) in batches; options go to `generate`.
+
+    Yields (B, S, S, 3) uint8 arrays in order, or with return_all=True (steps, B, S, S, 3).
+    """
+    steps = options.get("steps", 4) if options.get("fresh_noise") else 1
+    with tqdm(total=len(labels), desc="sampling", unit="image", disable=not progress) as bar:
+        for start in range(0, len(labels), batch_size):
+            y = labels[start:start + batch_size]
+            noise = draw_noise(seed, range(start, start + len(y)), (steps, *codec.latent_shape))   # (B, steps, T, C)
+            with torch.no_grad(), autocast(device, dtype):
+                z = generate(model, y.to(device), noise=noise.transpose(0, 1).to(device), **options)
+                images = to_uint8(codec.decode(z.flatten(0, -3)))                                  # (steps * B, S, S, 3)
+            bar.update(len(y))
+            yield images.reshape(*z.shape[:-2], *images.shape[1:])
+
+
+def make_grid(images, captions, columns):
+    """Lay images (N, S, S, 3) uint8 out in rows of `columns`, small ones enlarged, each over its caption. Returns a PIL image."""
+    size = images.shape[1]
+    tile = size * max(1, 64 // size)
+    font = ImageFont.load_default(11)
+    cell, line = tile + 4, 16
+    grid = Image.new("RGB", (columns * cell + 4, math.ceil(len(images) / columns) * (tile + line) + 4), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        x, y = 4 + i % columns * cell, 4 + i // columns * (tile + line)
+        grid.paste(Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST), (x, y))
+        while font.getlength(caption) > tile and len(caption) > 1:
+            caption = caption[:-2] + "\N{HORIZONTAL ELLIPSIS}" if len(caption) > 2 else caption[:1]
+        draw.text((x + tile / 2, y + tile + 1), caption, fill="black", font=font, anchor="mt")
+    return grid
+
+
+def write_png(path, image):
+    """Write a PIL image safely."""
+    write_file(path, partial(image.save, format="PNG"))
+
+
+def write_npz(path, batches, labels, image_size):
+    """Write arr_0 (N, S, S, 3) uint8 and arr_1 (N,) int64 as np.savez does, image by batch, so that memory stays small."""
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(
+                    member, dict(descr="|u1", fortran_order=False, shape=(len(labels), image_size, image_size, 3)))
+                for images in batches:
+                    member.write(images.tobytes())
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, labels.numpy())
+    write_file(path, write)
+
+
+def choose_classes(names, classes):
+    """Class numbers for what the user typed: names, numbers, or several joined by commas; None means all."""
+    chosen = []
+    for name in names or classes:
+        for part in [name] if name in classes else name.split(","):
+            part = part.strip()
+            if part in classes:
+                chosen.append(classes.index(part))
+            elif part.isdecimal() and int(part) < len(classes):
+                chosen.append(int(part))
+            else:
+                shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+                raise ValueError(f"--classes: no class {part!r} in this checkpoint; it knows {shown} (or 0 to {len(classes) - 1})")
+    return chosen
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw images in a few steps from a trained denoiser.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("--ckpt", help="checkpoint; default: the newest ckpt.pt under out/")
+    what.add_argument("--num_images", type=int, help="how many; default: 8 a class, at most 96 (filmstrip: 1 a class, at most 10)")
+    what.add_argument("--classes", nargs="+", help="names or numbers, drawn in equal numbers; default: all")
+    what.add_argument("--seed", type=int, default=0, help="noise seed")
+    what.add_argument("--out", help="x.png: a labelled grid, x.npz: arr_0 images and arr_1 labels, other: a folder of numbered PNGs")
+    what.add_argument("--filmstrip", action="store_true", help="a grid whose columns are the images after 1, 2, ... steps")
+    how = parser.add_argument_group("how")
+    how.add_argument("--steps", type=int, default=4, help="denoising steps")
+    how.add_argument("--cfg_scale", type=float, help="guidance scale, 1 for none; default: the checkpoint's")
+    how.add_argument("--cfg_mode", default="difference", choices=["difference", "rotation"], help="guidance along the chord or the arc")
+    how.add_argument("--strength", default="falling", choices=["falling", "constant"], help="noise put back between steps")
+    how.add_argument("--max_angle", type=float, help="degrees, largest angle to go back by; default: the checkpoint's")
+    how.add_argument("--fresh_noise", action="store_true", help="draw new noise at every step instead of keeping the first")
+    how.add_argument("--project_last", action="store_true", help="put the last output on the sphere before decoding")
+    how.add_argument("--pixel_loop", action="store_true", help="decode and encode between steps, as Sphere Encoder does")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--batch_size", type=int, default=100, help="images at a time")
+    machine.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    machine.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda, else float32")
+    args = parser.parse_args()
+    for name in ("steps", "batch_size", "num_images"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.max_angle is not None and not 0 < args.max_angle < 90:
+        parser.error(f"--max_angle must lie between 0 and 90 degrees, got {args.max_angle:g}")
+
+    device = pick_device(args.device)
+    path = args.ckpt or find_checkpoint()
+    checkpoint = load_checkpoint(path)
+    model, codec = load_model(checkpoint, device), load_codec_of(checkpoint, device)
+    names = checkpoint["dataset"]["classes"]
+    cfg_scale = checkpoint["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
+    chosen = choose_classes(args.classes, names)
+    number = args.num_images or (min(len(chosen), 10) if args.filmstrip else min(8 * len(chosen), 96))
+    labels = torch.tensor(chosen)[torch.arange(number) % len(chosen)]
+    out = Path(args.out or Path(path).parent / f"{'filmstrip' if args.filmstrip else 'grid'}_{args.steps}steps_cfg{cfg_scale:g}_seed{args.seed}.png")
+    if args.filmstrip and out.suffix != ".png":
+        parser.error(f"--filmstrip draws a .png, got --out {args.out}")
+    print(f"{path}: step {checkpoint['step']}, {number} images, {args.steps} steps, guidance {cfg_scale:g}, seed {args.seed}, {device.type}")
+
+    batches = sample_batches(model, codec, labels, args.batch_size, device, args.seed, args.dtype, steps=args.steps, cfg_scale=cfg_scale,
+                             cfg_mode=args.cfg_mode, strength=args.strength, max_angle=args.max_angle, fresh_noise=args.fresh_noise,
+                             project_last=args.project_last, pixel_loop=codec if args.pixel_loop else None, return_all=args.filmstrip)
+    if args.filmstrip:
+        strips = np.concatenate(list(batches), axis=1)                                             # (steps, N, S, S, 3)
+        captions = [f"{names[y]}, {step + 1}" for y in labels for step in range(args.steps)]
+        write_png(out, make_grid(strips.swapaxes(0, 1).reshape(-1, *strips.shape[2:]), captions, args.steps))
+    elif out.suffix == ".png":
+        columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(number))
+        write_png(out, make_grid(np.concatenate(list(batches)), [names[y] for y in labels], min(columns, number)))
+    elif out.suffix == ".npz":
+        write_npz(out, batches, labels, codec.image_size)
+    else:
+        if out.suffix:
+            parser.error(f"--out ends in .png, .npz or is a folder, got {args.out}")
+        done = 0
+        for images in batches:
+            for image in images:
+                write_png(out / f"{done:06d}.png", Image.fromarray(image))
+                done += 1
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    run(main)

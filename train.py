@@ -1,0 +1,306 @@
+"""Train the denoiser on cached latents: one loop, top to bottom.
+
+    python train.py                                              # the drawn shapes, on a laptop's CPU, in minutes
+    python train.py --dataset data/flowers12/train --codec small # your own folder: one sub-folder per class
+    python train.py --resume                                     # go on after an interruption
+    torchrun --nproc_per_node=8 train.py --dataset ...           # several devices; --batch_size is their sum
+
+Makes the latent cache first when it is missing (encode.py). Writes out/<dataset>/ckpt.pt, log.csv and samples/.
+Everything random at a step is drawn for the whole batch from (seed, step), so runs resume, and split over devices, unchanged.
+"""
+import argparse
+import copy
+import csv
+import functools
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from encode import SMALL_CODECS, find_dataset, load_codec, codec_path, pick_device, prepare, run, write_file
+from model import ANGLE_LAWS, CONSISTENCY_TARGETS, PRESETS, SPHERES, Denoiser, ModelConfig, losses, noise_angle
+from sample import CHECKPOINT_FORMAT, autocast, load_checkpoint, make_grid, sample_batches, write_png
+
+# What a run is made of, by preset. A flag of the same name overrides one value; all are stored in the checkpoint.
+COMMON = dict(weight_decay=0.0, grad_clip=1.0, label_dropout=0.1, sphere="global", angle_law="logit_normal", angle_mean=0.0,
+              angle_std=1.0, consistency_weight=0.1, consistency_target="stop", weak_weight=0.0, seed=0)
+SETTINGS = {
+    "tiny": COMMON | dict(batch_size=128, max_steps=2500, lr=1e-3, warmup=100, ema_decay=0.999, max_angle=72.0, cfg_scale=3.0,
+                          log_every=50, save_every=500, sample_every=500),
+    "S": COMMON | dict(batch_size=256, max_steps=100_000, lr=2e-4, warmup=1000, ema_decay=0.9995, max_angle=80.0, cfg_scale=1.5,
+                       log_every=100, save_every=2500, sample_every=5000),
+}
+SETTINGS["B"] = SETTINGS["L"] = SETTINGS["XL"] = SETTINGS["S"]
+BINS = 6                        # the loss is also logged for angles of 0-15, 15-30, ... 75-90 degrees
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(n, epoch, seed):
+    """The order of one epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def batch_indexes(n, batch_size, step, seed):
+    """Positions of the whole batch of a step: epochs follow one another, each in its own order."""
+    position = np.arange(step * batch_size, (step + 1) * batch_size)
+    indexes = np.empty(batch_size, np.int64)
+    for epoch in np.unique(position // n):
+        here = position // n == epoch
+        indexes[here] = permutation(n, int(epoch), seed)[position[here] % n]
+    return indexes
+
+
+def learning_rate(step, lr, warmup, max_steps):
+    """Linear warm-up, then constant to half of the run, then a cosine down to a hundredth."""
+    decay = max(0.0, (step - 0.5 * max_steps) / (0.5 * max_steps))
+    return lr * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * min(1.0, decay))))
+
+
+def set_aside(out_dir):
+    """Move an earlier run's files in out_dir to out_dir/earlier_N, so that a new run loses nothing."""
+    files = [out_dir / name for name in ("ckpt.pt", "log.csv", "samples") if (out_dir / name).exists()]
+    if files:
+        number = next(n for n in range(1, 10**6) if not (out_dir / f"earlier_{n}").exists())
+        aside = out_dir / f"earlier_{number}"
+        aside.mkdir()
+        for file in files:
+            shutil.move(file, aside / file.name)
+        print(f"{out_dir}: holds an earlier run, moved to {aside} (--resume would have continued it)")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Train the denoiser on cached latents. Defaults marked (preset) come from SETTINGS in "
+                                     "train.py; with --resume, from the checkpoint.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    group = parser.add_argument_group("data and place")
+    group.add_argument("--dataset", default="shapes", help="shapes, or a folder with one sub-folder of images per class")
+    group.add_argument("--data_dir", default="data", help="folder that holds datasets and caches")
+    group.add_argument("--codec", default="small", choices=SMALL_CODECS, help="frozen autoencoder; small: 32x32 images, small64: 64x64")
+    group.add_argument("--out_dir", help="where to write; default: out/<dataset>")
+    group.add_argument("--resume", action="store_true", help="continue the run in out_dir")
+    group.add_argument("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
+    group.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode images")
+
+    def preset_value(group, name, kind, text, **more):
+        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (preset)", **more)
+
+    group = parser.add_argument_group("model and method")
+    group.add_argument("--preset", default="tiny", choices=PRESETS, help="size of the denoiser, and its settings")
+    preset_value(group, "sphere", str, "one sphere per latent, one per token, or none", choices=list(SPHERES))
+    preset_value(group, "angle_law", str, "law of the noise angle", choices=ANGLE_LAWS)
+    preset_value(group, "max_angle", float, "largest noise angle, degrees")
+    preset_value(group, "angle_mean", float, "mean of the logit-normal law")
+    preset_value(group, "angle_std", float, "spread of the logit-normal law")
+    preset_value(group, "consistency_weight", float, "weight of the consistency loss, 0 turns it off")
+    preset_value(group, "consistency_target", str, "what the noisier output is pulled to", choices=CONSISTENCY_TARGETS)
+    preset_value(group, "weak_weight", float, "weight of the nearer point's own reconstruction loss")
+    preset_value(group, "label_dropout", float, "share of labels replaced by none, for guidance")
+    group = parser.add_argument_group("optimisation")
+    preset_value(group, "batch_size", int, "images a step, over all devices")
+    preset_value(group, "max_steps", int, "steps of the whole run")
+    preset_value(group, "lr", float, "peak learning rate of AdamW")
+    preset_value(group, "warmup", int, "steps of linear warm-up")
+    preset_value(group, "weight_decay", float, "of AdamW")
+    preset_value(group, "grad_clip", float, "largest gradient norm")
+    preset_value(group, "ema_decay", float, "decay of the weights' moving average, which sampling uses")
+    preset_value(group, "seed", int, "of weights, data order and noise")
+    group = parser.add_argument_group("watching")
+    preset_value(group, "log_every", int, "steps between log lines")
+    preset_value(group, "save_every", int, "steps between checkpoints")
+    preset_value(group, "sample_every", int, "steps between sample grids")
+    preset_value(group, "cfg_scale", float, "guidance of the sample grids, and sample.py's default")
+    group.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too (pip install tensorboard)")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda, else float32")
+    args = parser.parse_args()
+    given = {name: value for name, value in vars(args).items() if name in SETTINGS["tiny"]}
+    for name in ("batch_size", "max_steps", "warmup", "log_every", "save_every", "sample_every", "lr", "grad_clip"):
+        if given.get(name, 1) <= 0:
+            parser.error(f"--{name} must be above 0, got {given[name]}")
+    if not 0 < given.get("max_angle", 1) <= (90 if given.get("angle_law") == "uniform" else 89.9):
+        parser.error(f"--max_angle must lie between 0 and 90 degrees, got {given['max_angle']:g}")
+    for name in ("label_dropout", "ema_decay"):
+        if not 0 <= given.get(name, 0) < 1:
+            parser.error(f"--{name} must be at least 0 and below 1, got {given[name]:g}")
+    return args, given
+
+
+def main():
+    args, given = parse_args()
+
+    # devices and processes: torchrun sets RANK, WORLD_SIZE and LOCAL_RANK
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:                                                  # the others wait long while rank 0 encodes
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    master = rank == 0
+
+    # data: labels and a memory map of latents
+    found = find_dataset(args.dataset, args.data_dir)
+    out_dir = Path(args.out_dir or Path("out") / found["name"])
+    if master:
+        prepare(found, args.codec, args.data_dir, device, args.workers, args.skip_bad)
+    if world > 1:
+        dist.barrier()
+    latents, all_labels, meta = prepare(found, args.codec, args.data_dir, device, args.workers)
+    usable = np.flatnonzero(all_labels >= 0)
+    codec = load_codec(args.codec, codec_path(args.codec, found["name"], args.data_dir), device) if master else None
+
+    # settings: the preset's, then the checkpoint's, then the command line's
+    settings = SETTINGS[args.preset] | given
+    checkpoint = None
+    if args.resume:
+        checkpoint = load_checkpoint(out_dir / "ckpt.pt")
+        settings = checkpoint["settings"] | given
+        asked = dict(preset=args.preset, codec=args.codec, dataset=found["dataset"], **given)
+        trained = dict(checkpoint["settings"], preset=checkpoint["preset"], codec=checkpoint["codec"], dataset=checkpoint["dataset"]["dataset"])
+        for name in ("preset", "codec", "dataset", "sphere", "max_angle", "batch_size", "seed"):
+            if asked.get(name, trained[name]) != trained[name]:
+                raise ValueError(f"{out_dir / 'ckpt.pt'}: was trained with --{name} {trained[name]}, not {asked[name]}; "
+                                 "resume it with its own settings, or start anew with another --out_dir")
+        if checkpoint["cache_sha256"] != meta["sha256"]:
+            raise ValueError(f"{out_dir / 'ckpt.pt'}: was trained on other latents than {args.data_dir}/{found['name']}/{args.codec} holds; "
+                             "start anew with another --out_dir")
+    elif master:
+        set_aside(out_dir)
+    s = argparse.Namespace(**settings)
+    if s.batch_size % world:
+        raise ValueError(f"--batch_size {s.batch_size} cannot be shared by {world} processes; use a multiple of {world}")
+
+    # model, its moving average, optimizer
+    torch.manual_seed(s.seed)
+    config = ModelConfig(tokens=meta["shape"][1], channels=meta["shape"][2], num_classes=len(meta["classes"]), sphere=s.sphere,
+                         max_angle=s.max_angle, **PRESETS[args.preset])
+    model = Denoiser(config).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay, fused=device.type != "mps")
+    step = 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step = checkpoint["step"]
+    ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
+
+    # log
+    columns = ["step", "loss", "reconstruction", "consistency", "lr", "grad_norm", "images_per_s"]
+    columns += [f"loss_{90 // BINS * i}_{90 // BINS * (i + 1)}" for i in range(BINS)]
+    writer = None
+    if master:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        log = out_dir / "log.csv"
+        lines = log.read_text().splitlines() if checkpoint and log.is_file() else []
+        lines = [",".join(columns)] + [line for line in lines[1:] if int(line.split(",")[0]) <= step]
+        write_file(log, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+        if args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ValueError(f"--tensorboard: that package is missing ({error}); pip install tensorboard") from error
+            writer = SummaryWriter(out_dir / "tensorboard")
+        print(f"{found['name']}: {len(usable)} images, {config.num_classes} classes, latents {config.tokens}x{config.channels} ({args.codec}); "
+              f"{args.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {world} x {device.type}; batch {s.batch_size}; "
+              f"steps {step} to {s.max_steps}")
+
+    def save():
+        state = dict(format=CHECKPOINT_FORMAT, step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                     config=asdict(config), settings=settings, preset=args.preset, cfg_scale=s.cfg_scale, codec=args.codec,
+                     codec_sha256=meta["codec_sha256"], cache_sha256=meta["sha256"],
+                     dataset=dict(dataset=found["dataset"], name=found["name"], data_dir=args.data_dir, classes=meta["classes"]))
+        write_file(out_dir / "ckpt.pt", lambda file: torch.save(state, file))
+
+    def sample_grid():
+        shown = torch.arange(min(config.num_classes, 10)).repeat(6)
+        images = np.concatenate(list(sample_batches(ema, codec, shown, 60, device, dtype=args.dtype, progress=False, cfg_scale=s.cfg_scale)))
+        write_png(out_dir / "samples" / f"step_{step:06d}.png", make_grid(images, [meta["classes"][y] for y in shown], min(config.num_classes, 10)))
+
+    # the loop
+    mine = slice(rank * s.batch_size // world, (rank + 1) * s.batch_size // world)
+    stats = torch.zeros(3 + 2 * BINS, device=device)               # sums of the losses, of the loss by angle bin, and the bins' counts
+    first_bad = torch.full((), -1, device=device)                  # the first step whose loss or gradient was not finite
+    started, since, first_step = time.time(), step, step
+
+    def check_finite():
+        if (bad := first_bad.item()) >= 0:
+            kept = f"{out_dir / 'ckpt.pt'} is from before it" if (out_dir / "ckpt.pt").is_file() else "no checkpoint had been written yet"
+            raise ValueError(f"loss or gradient is not finite at step {bad}; {kept}; continue from there with a smaller rate: "
+                             f"python train.py --resume --lr {s.lr / 2:g} ...")
+
+    while step < s.max_steps:
+        generator = torch.Generator(device).manual_seed(s.seed * 1_000_000_007 + step)
+        u = torch.rand(3, s.batch_size, generator=generator, device=device)
+        noise = torch.randn(s.batch_size, config.tokens, config.channels, generator=generator, device=device)[mine]
+        stratified = (torch.arange(s.batch_size, device=device) + u[0]) / s.batch_size
+        angle = noise_angle(stratified, s.angle_law, s.max_angle, s.angle_mean, s.angle_std)[mine]                   # (B,)
+        rows = usable[batch_indexes(len(usable), s.batch_size, step, s.seed)[mine]]
+        z = torch.from_numpy(latents[rows]).to(device, non_blocking=True).float()                                   # (B, T, C)
+        labels = torch.from_numpy(all_labels[rows]).to(device).masked_fill(u[1, mine] < s.label_dropout, config.num_classes)
+
+        lr = learning_rate(step, s.lr, s.warmup, s.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with autocast(device, args.dtype):
+            loss, reconstruction, consistency = losses(ddp, z, labels, noise, angle, u[2, mine], s.consistency_weight, s.consistency_target,
+                                                       s.weak_weight, ema, s.sphere)
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+        optimizer.step()
+        with torch.no_grad():                                      # the average starts short, so that early samples follow the weights
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(s.ema_decay, (1 + step) / (10 + step)))
+            first_bad = torch.where((first_bad < 0) & ~torch.isfinite(loss + grad_norm), step, first_bad)
+            stats[:3] += torch.stack([loss.detach(), reconstruction.mean(), consistency.mean()])
+            bins = (torch.rad2deg(angle) / (90 / BINS)).long().clamp(max=BINS - 1)
+            stats[3:].index_add_(0, bins, reconstruction.detach())
+            stats[3 + BINS:].index_add_(0, bins, torch.ones_like(angle))
+        step += 1
+
+        if step % s.log_every == 0 or step == s.max_steps:
+            check_finite()
+            if world > 1:
+                dist.all_reduce(stats)
+            totals, counts = stats[:3] / ((step - since) * world), stats[3 + BINS:]
+            by_bin = (stats[3:3 + BINS] / counts).tolist()                                       # nan for a bin without points
+            now = time.time()
+            rate = (step - since) * s.batch_size / (now - started)
+            if master:
+                left = (s.max_steps - step) * s.batch_size / rate
+                row = [step, *totals.tolist(), lr, grad_norm.item(), rate, *by_bin]
+                with open(log, "a", newline="") as file:
+                    csv.writer(file).writerow([row[0]] + [f"{x:.6g}" for x in row[1:]])
+                print(f"step {step:6d}/{s.max_steps}  loss {row[1]:.4f}  recon {row[2]:.4f}  cons {row[3]:.4f}  lr {lr:.1e}  grad {row[5]:5.2f}  "
+                      f"{rate:7.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+                if writer:
+                    for name, value in zip(columns[1:], row[1:]):
+                        writer.add_scalar(name, value, step)
+            stats.zero_()
+            started, since = time.time(), step
+        if step % s.save_every == 0 or step == s.max_steps:
+            check_finite()
+            if master:
+                save()
+        if master and (step % s.sample_every == 0 or step == s.max_steps):
+            sample_grid()
+            started = time.time() - (time.time() - started) if since == step else started
+
+    if master:
+        if step == first_step:
+            print(f"{out_dir / 'ckpt.pt'}: is at step {step} already; raise --max_steps to go on")
+        print(f"done: {out_dir / 'ckpt.pt'}, grids in {out_dir / 'samples'}\nnext: python sample.py --steps 4 --ckpt {out_dir / 'ckpt.pt'}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
