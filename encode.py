@@ -11,11 +11,13 @@ a decoder trained on latents rotated away from the truth, so that it forgives th
 with added noise). Shapes: B images, S image size, T = (S/8)^2 tokens, C latent channels.
 """
 import argparse
+import errno
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -35,11 +37,13 @@ def run(main):
     """Run a script's main(): what the user can mend ends in one line and a non-zero status, a bug in a traceback."""
     try:
         main()
-    except (ValueError, OSError) as error:
-        name = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
-        sys.exit(f"error: {name}")
+    except OSError as error:
+        full = "; the disk is full, free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        sys.exit(f"error: {f'{error.filename}: {error.strerror}' if error.filename else error}{full}")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; files already written are whole")
+        sys.exit("interrupted; every file already written is whole")
 
 
 def write_file(path, write):
@@ -219,7 +223,7 @@ def read_images(found, size, batch_size, workers=0, skip_bad=False, limit=None):
             yield start, batch, []
         return
     load = partial(try_load_image, size=size)
-    with multiprocessing.Pool(max(1, workers)) as pool:
+    with multiprocessing.Pool(max(1, workers), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         ahead = pool.map_async(load, found["paths"][:batch_size])
         for start in starts:
             loaded = ahead.get()
@@ -283,6 +287,7 @@ class SmallCodec(nn.Module):
 
 
 SMALL_CODECS = {"small": 32, "small64": 64}    # name -> image size
+FIT_IMAGES = 60_000                            # a codec is fitted on at most so many
 
 
 def codec_path(name, dataset_name, data_dir="data"):
@@ -331,8 +336,9 @@ def fit_codec(images, path, image_size, steps=1500, batch_size=128, lr=2e-3, max
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         codec = SmallCodec(image_size).to(device, memory_format=torch.channels_last)
-    held_out = torch.arange(len(images)) % 20 == 0 if len(images) >= 40 else torch.zeros(len(images), dtype=torch.bool)
-    train, test = torch.from_numpy(images)[~held_out], torch.from_numpy(images)[held_out if held_out.any() else ~held_out]
+    order = torch.randperm(len(images), generator=generator)
+    held_out = max(1, len(images) // 20)
+    train, test = torch.from_numpy(images)[order[held_out:]], torch.from_numpy(images)[order[:held_out]]
     optimizer = torch.optim.AdamW(codec.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=min(0.3, 300 / steps))
     bar = tqdm(range(steps), desc=f"fitting {path.name}", unit="step", mininterval=1)
@@ -414,19 +420,18 @@ def write_cache(found, codec_name, data_dir="data", device="cpu", batch_size=256
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        latents = np.lib.format.open_memmap(temporary / "latents.npy", mode="w+", dtype=np.float16, shape=shape)
         labels = found["labels"].copy()
         moments = torch.zeros(2, codec.latent_shape[1], dtype=torch.float64)
-        bar = tqdm(total=shape[0], desc=f"encoding {found['name']}", unit="image", mininterval=1)
-        for start, images, bad in read_images(found, codec.image_size, batch_size, workers, skip_bad):
-            z = codec.encode(to_float(images, device))                                             # (B, T, C)
-            latents[start:start + len(z)] = z.half().cpu().numpy()
-            labels[start + np.array(bad, int)] = -1
-            moments += torch.stack([z.cpu().double().mean(1).sum(0), z.cpu().double().pow(2).mean(1).sum(0)])
-            bar.update(len(z))
-        bar.close()
-        latents.flush()
-        del latents                                                # closes the map: Windows can't rename an open file
+        with open(temporary / "latents.npy", "wb") as file, tqdm(total=shape[0], desc=f"encoding {found['name']}", unit="image", mininterval=1) as bar:
+            np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=shape))
+            for start, images, bad in read_images(found, codec.image_size, batch_size, workers, skip_bad):
+                z = codec.encode(to_float(images, device)).cpu()                                   # (B, T, C)
+                file.write(z.half().numpy().tobytes())
+                labels[start + np.array(bad, int)] = -1
+                moments += torch.stack([z.double().mean(1).sum(0), z.double().pow(2).mean(1).sum(0)])
+                bar.update(len(z))
+            file.flush()
+            os.fsync(file.fileno())
         if missing := sorted(set(range(len(found["classes"]))) - set(labels.tolist())):
             raise ValueError(f"{found['dataset']}: no readable image of class {found['classes'][missing[0]]}; add some or remove the folder")
         mean = moments[0] / shape[0]
@@ -446,16 +451,6 @@ def write_cache(found, codec_name, data_dir="data", device="cpu", batch_size=256
           f"latents {shape[1]}x{shape[2]}, {need / 1e6:.0f} MB")
 
 
-def prepare(found, codec_name, data_dir="data", device="cpu", workers=0, skip_bad=False, fit_steps=1500):
-    """Make whatever a dataset still lacks, the codec's weights and the latent cache, and open the cache."""
-    weights = codec_path(codec_name, found["name"], data_dir)
-    if codec_name in SMALL_CODECS and not weights.is_file():
-        fit(found, codec_name, data_dir, device, workers, skip_bad, fit_steps)
-    if not (Path(data_dir) / found["name"] / codec_name / "meta.json").is_file():
-        write_cache(found, codec_name, data_dir, device, workers=workers, skip_bad=skip_bad)
-    return open_cache(found, codec_name, data_dir)
-
-
 def fit(found, codec_name, data_dir="data", device="cpu", workers=0, skip_bad=False, steps=1500):
     """Fit a small codec on a dataset (at most FIT_IMAGES of it) and say how well it reconstructs."""
     size, path = SMALL_CODECS[codec_name], codec_path(codec_name, found["name"], data_dir)
@@ -467,7 +462,12 @@ def fit(found, codec_name, data_dir="data", device="cpu", workers=0, skip_bad=Fa
     print(f"{path}: codec for {size}x{size} images, reconstructs held-out ones at {psnr:.1f} dB")
 
 
-FIT_IMAGES = 60_000
+def prepare(found, codec_name, data_dir="data", device="cpu", workers=0, skip_bad=False):
+    """Make what a dataset still lacks: the codec's weights and the latent cache. Neither is touched when it is there."""
+    if not codec_path(codec_name, found["name"], data_dir).is_file():
+        fit(found, codec_name, data_dir, device, workers, skip_bad)
+    if not (Path(data_dir) / found["name"] / codec_name / "meta.json").is_file():
+        write_cache(found, codec_name, data_dir, device, workers=workers, skip_bad=skip_bad)
 
 
 def main():
@@ -485,12 +485,9 @@ def main():
     if args.fit_steps < 1:
         parser.error(f"--fit_steps must be at least 1, got {args.fit_steps}")
     found, device = find_dataset(args.dataset, args.data_dir), pick_device(args.device)
-    if args.fit:
+    if args.fit or not codec_path(args.codec, found["name"], args.data_dir).is_file():
         fit(found, args.codec, args.data_dir, device, args.workers, args.skip_bad, args.fit_steps)
-    elif not codec_path(args.codec, found["name"], args.data_dir).is_file():
-        fit(found, args.codec, args.data_dir, device, args.workers, args.skip_bad, args.fit_steps)
-        write_cache(found, args.codec, args.data_dir, device, workers=args.workers, skip_bad=args.skip_bad)
-    else:
+    if not args.fit:
         write_cache(found, args.codec, args.data_dir, device, workers=args.workers, skip_bad=args.skip_bad)
 
 

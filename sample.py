@@ -59,12 +59,12 @@ def load_model(checkpoint, device="cpu"):
 
 def load_codec_of(checkpoint, device="cpu"):
     """The very codec a checkpoint's latents were made with; ValueError if its weights have changed since."""
-    name, dataset = checkpoint["codec"], checkpoint["dataset"]
-    path = codec_path(name, dataset["name"], dataset["data_dir"])
-    codec = load_codec(name, path, device)
+    settings = checkpoint["settings"]
+    path = codec_path(settings["codec"], checkpoint["dataset_name"], checkpoint["data_dir"])
+    codec = load_codec(settings["codec"], path, device)
     if sha256(path) != checkpoint["codec_sha256"]:
         raise ValueError(f"{path}: is not the codec this checkpoint was trained with (fitted again since?); "
-                         f"train anew: python train.py --dataset {dataset['dataset']} --codec {name}")
+                         f"train anew: python train.py --dataset {settings['dataset']} --codec {settings['codec']}")
     return codec
 
 
@@ -184,8 +184,8 @@ def main():
     path = args.ckpt or find_checkpoint()
     checkpoint = load_checkpoint(path)
     model, codec = load_model(checkpoint, device), load_codec_of(checkpoint, device)
-    names = checkpoint["dataset"]["classes"]
-    cfg_scale = checkpoint["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
+    names = checkpoint["classes"]
+    cfg_scale = checkpoint["settings"]["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
     chosen = choose_classes(args.classes, names)
     number = args.num_images or (min(len(chosen), 10) if args.filmstrip else min(8 * len(chosen), 96))
     labels = torch.tensor(chosen)[torch.arange(number) % len(chosen)]

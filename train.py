@@ -25,12 +25,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from encode import SMALL_CODECS, find_dataset, load_codec, codec_path, pick_device, prepare, run, write_file
+from encode import SMALL_CODECS, codec_path, find_dataset, load_codec, open_cache, pick_device, prepare, run, write_file
 from model import ANGLE_LAWS, CONSISTENCY_TARGETS, PRESETS, SPHERES, Denoiser, ModelConfig, losses, noise_angle
 from sample import CHECKPOINT_FORMAT, autocast, load_checkpoint, make_grid, sample_batches, write_png
 
 # What a run is made of, by preset. A flag of the same name overrides one value; all are stored in the checkpoint.
-COMMON = dict(weight_decay=0.0, grad_clip=1.0, label_dropout=0.1, sphere="global", angle_law="logit_normal", angle_mean=0.0,
+COMMON = dict(dataset="shapes", codec="small", weight_decay=0.0, grad_clip=1.0, label_dropout=0.1, sphere="global", angle_law="logit_normal", angle_mean=0.0,
               angle_std=1.0, consistency_weight=0.1, consistency_target="stop", weak_weight=0.0, seed=0)
 SETTINGS = {
     "tiny": COMMON | dict(batch_size=128, max_steps=2500, lr=1e-3, warmup=100, ema_decay=0.999, max_angle=72.0, cfg_scale=3.0,
@@ -79,20 +79,20 @@ def set_aside(out_dir):
 def parse_args():
     parser = argparse.ArgumentParser(description="Train the denoiser on cached latents. Defaults marked (preset) come from SETTINGS in "
                                      "train.py; with --resume, from the checkpoint.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    group = parser.add_argument_group("data and place")
-    group.add_argument("--dataset", default="shapes", help="shapes, or a folder with one sub-folder of images per class")
-    group.add_argument("--data_dir", default="data", help="folder that holds datasets and caches")
-    group.add_argument("--codec", default="small", choices=SMALL_CODECS, help="frozen autoencoder; small: 32x32 images, small64: 64x64")
-    group.add_argument("--out_dir", help="where to write; default: out/<dataset>")
-    group.add_argument("--resume", action="store_true", help="continue the run in out_dir")
-    group.add_argument("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
-    group.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode images")
 
     def preset_value(group, name, kind, text, **more):
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (preset)", **more)
 
+    group = parser.add_argument_group("data and place")
+    preset_value(group, "dataset", str, "shapes, or a folder with one sub-folder of images per class")
+    preset_value(group, "codec", str, "frozen autoencoder; small: 32x32 images, small64: 64x64", choices=SMALL_CODECS)
+    group.add_argument("--data_dir", default="data", help="folder that holds datasets and caches")
+    group.add_argument("--out_dir", help="where to write; default: out/<dataset>")
+    group.add_argument("--resume", action="store_true", help="continue the run in out_dir")
+    group.add_argument("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
+    group.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode images")
     group = parser.add_argument_group("model and method")
-    group.add_argument("--preset", default="tiny", choices=PRESETS, help="size of the denoiser, and its settings")
+    group.add_argument("--preset", choices=PRESETS, default=argparse.SUPPRESS, help="size of the denoiser, and its settings; default: tiny")
     preset_value(group, "sphere", str, "one sphere per latent, one per token, or none", choices=list(SPHERES))
     preset_value(group, "angle_law", str, "law of the noise angle", choices=ANGLE_LAWS)
     preset_value(group, "max_angle", float, "largest noise angle, degrees")
@@ -121,7 +121,7 @@ def parse_args():
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda, else float32")
     args = parser.parse_args()
-    given = {name: value for name, value in vars(args).items() if name in SETTINGS["tiny"]}
+    given = {name: value for name, value in vars(args).items() if name in SETTINGS["tiny"] or name == "preset"}
     for name in ("batch_size", "max_steps", "warmup", "log_every", "save_every", "sample_every", "lr", "grad_clip"):
         if given.get(name, 1) <= 0:
             parser.error(f"--{name} must be above 0, got {given[name]}")
@@ -146,42 +146,40 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     master = rank == 0
 
-    # data: labels and a memory map of latents
-    found = find_dataset(args.dataset, args.data_dir)
-    out_dir = Path(args.out_dir or Path("out") / found["name"])
-    if master:
-        prepare(found, args.codec, args.data_dir, device, args.workers, args.skip_bad)
-    if world > 1:
-        dist.barrier()
-    latents, all_labels, meta = prepare(found, args.codec, args.data_dir, device, args.workers)
-    usable = np.flatnonzero(all_labels >= 0)
-    codec = load_codec(args.codec, codec_path(args.codec, found["name"], args.data_dir), device) if master else None
-
-    # settings: the preset's, then the checkpoint's, then the command line's
-    settings = SETTINGS[args.preset] | given
-    checkpoint = None
+    # settings: the preset's, or the checkpoint's, then the command line's
+    settings, checkpoint = SETTINGS[given.get("preset", "tiny")] | dict(preset="tiny") | given, None
+    out_dir = Path(args.out_dir or Path("out") / find_dataset(settings["dataset"], args.data_dir)["name"])
     if args.resume:
         checkpoint = load_checkpoint(out_dir / "ckpt.pt")
         settings = checkpoint["settings"] | given
-        asked = dict(preset=args.preset, codec=args.codec, dataset=found["dataset"], **given)
-        trained = dict(checkpoint["settings"], preset=checkpoint["preset"], codec=checkpoint["codec"], dataset=checkpoint["dataset"]["dataset"])
         for name in ("preset", "codec", "dataset", "sphere", "max_angle", "batch_size", "seed"):
-            if asked.get(name, trained[name]) != trained[name]:
-                raise ValueError(f"{out_dir / 'ckpt.pt'}: was trained with --{name} {trained[name]}, not {asked[name]}; "
+            if settings[name] != checkpoint["settings"][name]:
+                raise ValueError(f"{out_dir / 'ckpt.pt'}: was trained with --{name} {checkpoint['settings'][name]}, not {settings[name]}; "
                                  "resume it with its own settings, or start anew with another --out_dir")
-        if checkpoint["cache_sha256"] != meta["sha256"]:
-            raise ValueError(f"{out_dir / 'ckpt.pt'}: was trained on other latents than {args.data_dir}/{found['name']}/{args.codec} holds; "
-                             "start anew with another --out_dir")
-    elif master:
-        set_aside(out_dir)
     s = argparse.Namespace(**settings)
+    again = f"python train.py --dataset {s.dataset} --out_dir {out_dir} --resume"
     if s.batch_size % world:
         raise ValueError(f"--batch_size {s.batch_size} cannot be shared by {world} processes; use a multiple of {world}")
+
+    # data: labels and a memory map of latents
+    found = find_dataset(s.dataset, args.data_dir)
+    if master:
+        prepare(found, s.codec, args.data_dir, device, args.workers, args.skip_bad)
+    if world > 1:
+        dist.barrier()
+    latents, all_labels, meta = open_cache(found, s.codec, args.data_dir)
+    usable = np.flatnonzero(all_labels >= 0)
+    codec = load_codec(s.codec, codec_path(s.codec, found["name"], args.data_dir), device) if master else None
+    if checkpoint and checkpoint["cache_sha256"] != meta["sha256"]:
+        raise ValueError(f"{out_dir / 'ckpt.pt'}: was trained on other latents than {args.data_dir}/{found['name']}/{s.codec} holds now; "
+                         "start anew with another --out_dir")
+    if master and not checkpoint:
+        set_aside(out_dir)
 
     # model, its moving average, optimizer
     torch.manual_seed(s.seed)
     config = ModelConfig(tokens=meta["shape"][1], channels=meta["shape"][2], num_classes=len(meta["classes"]), sphere=s.sphere,
-                         max_angle=s.max_angle, **PRESETS[args.preset])
+                         max_angle=s.max_angle, **PRESETS[s.preset])
     model = Denoiser(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay, fused=device.type != "mps")
@@ -209,15 +207,14 @@ def main():
             except ImportError as error:
                 raise ValueError(f"--tensorboard: that package is missing ({error}); pip install tensorboard") from error
             writer = SummaryWriter(out_dir / "tensorboard")
-        print(f"{found['name']}: {len(usable)} images, {config.num_classes} classes, latents {config.tokens}x{config.channels} ({args.codec}); "
-              f"{args.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {world} x {device.type}; batch {s.batch_size}; "
+        print(f"{found['name']}: {len(usable)} images, {config.num_classes} classes, latents {config.tokens}x{config.channels} ({s.codec}); "
+              f"{s.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {world} x {device.type}; batch {s.batch_size}; "
               f"steps {step} to {s.max_steps}")
 
     def save():
         state = dict(format=CHECKPOINT_FORMAT, step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                     config=asdict(config), settings=settings, preset=args.preset, cfg_scale=s.cfg_scale, codec=args.codec,
-                     codec_sha256=meta["codec_sha256"], cache_sha256=meta["sha256"],
-                     dataset=dict(dataset=found["dataset"], name=found["name"], data_dir=args.data_dir, classes=meta["classes"]))
+                     config=asdict(config), settings=settings, classes=meta["classes"], dataset_name=found["name"], data_dir=args.data_dir,
+                     codec_sha256=meta["codec_sha256"], cache_sha256=meta["sha256"])
         write_file(out_dir / "ckpt.pt", lambda file: torch.save(state, file))
 
     def sample_grid():
@@ -233,9 +230,9 @@ def main():
 
     def check_finite():
         if (bad := first_bad.item()) >= 0:
-            kept = f"{out_dir / 'ckpt.pt'} is from before it" if (out_dir / "ckpt.pt").is_file() else "no checkpoint had been written yet"
-            raise ValueError(f"loss or gradient is not finite at step {bad}; {kept}; continue from there with a smaller rate: "
-                             f"python train.py --resume --lr {s.lr / 2:g} ...")
+            kept = f"{out_dir / 'ckpt.pt'} is from before it; go on from there, with a smaller rate: {again} --lr {s.lr / 3:.1g}" \
+                if (out_dir / "ckpt.pt").is_file() else f"no checkpoint had been written; start again with a smaller rate: --lr {s.lr / 3:.1g}"
+            raise ValueError(f"loss or gradient is not finite at step {bad}; {kept}")
 
     while step < s.max_steps:
         generator = torch.Generator(device).manual_seed(s.seed * 1_000_000_007 + step)
@@ -292,7 +289,7 @@ def main():
                 save()
         if master and (step % s.sample_every == 0 or step == s.max_steps):
             sample_grid()
-            started = time.time() - (time.time() - started) if since == step else started
+            started = time.time() if since == step else started
 
     if master:
         if step == first_step:

@@ -1,0 +1,608 @@
+"""What the project promises, checked on a CPU without network in about a minute: python -m pytest -q"""
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import encode
+import fid
+import model
+import sample
+import train
+
+torch.set_num_threads(1)
+
+HERE = Path(__file__).parent
+TINY = dict(tokens=16, channels=32, num_classes=3, width=32, depth=2, heads=2)
+
+
+def script(*args, cwd=HERE, **environment):
+    """Run one of the scripts as a user does; returns (exit status, everything it printed)."""
+    done = subprocess.run([sys.executable, str(HERE / args[0]), *map(str, args[1:])], cwd=cwd, text=True, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS="1") | environment)
+    return done.returncode, done.stdout
+
+
+def fails_clearly(result, *words):
+    """A user's mistake: non-zero status, no traceback, a last line that names the thing and the way out."""
+    status, text = result
+    assert status != 0, text
+    assert "Traceback" not in text, text
+    last = text.strip().splitlines()[-1]
+    for word in words:
+        assert str(word) in last, f"{word!r} is not in: {last}"
+
+
+def draw_folder(folder, classes=("disc", "plain"), each=6, size=40, suffix=".png"):
+    """A folder dataset of drawn images."""
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(classes):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(each):
+            image = Image.fromarray(np.full((size, size + 8, 3), rng.integers(0, 256, 3), np.uint8))
+            if k == 0:
+                image.paste(tuple(rng.integers(0, 256, 3).tolist()), (10, 10, 30, 30))
+            image.save(folder / name / f"{i}{suffix}")
+    return folder
+
+
+def random_denoiser(**changes):
+    """A small denoiser whose zero-initialised layers are filled, so that class and input matter."""
+    torch.manual_seed(0)
+    denoiser = model.Denoiser(model.ModelConfig(**TINY | changes))
+    for parameter in denoiser.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    torch.nn.init.normal_(denoiser.classes.weight)
+    return denoiser.eval()
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    """A folder dataset, trained for 12 steps by the command line: what most tests of the scripts look at."""
+    folder = tmp_path_factory.mktemp("workspace")
+    draw_folder(folder / "photos")
+    status, text = script("encode.py", "--dataset", "photos", "--fit_steps", 4, cwd=folder)
+    assert status == 0, text
+    status, text = script("train.py", "--dataset", "photos", *RUN, "--max_steps", 12, cwd=folder)
+    assert status == 0, text
+    return folder
+
+
+RUN = ("--batch_size", 8, "--log_every", 4, "--save_every", 4, "--sample_every", 100, "--workers", 1)
+
+# ------------------------------------------------------------------------------------------- the sphere
+
+
+@pytest.mark.parametrize("sphere, dims", [("global", (1, 2)), ("token", (2,))])
+def test_projected_latents_have_rms_one_in_float32(sphere, dims):
+    z = model.to_sphere(torch.randn(4, 16, 32, dtype=torch.bfloat16) * 7, sphere)
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z.pow(2).mean(dims).sqrt(), torch.ones_like(z.pow(2).mean(dims)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("sphere, dims", [("global", (1, 2)), ("token", (2,))])
+def test_rotation_stays_on_the_sphere_and_turns_by_exactly_the_angle(sphere, dims):
+    z, noise = model.to_sphere(torch.randn(5, 16, 32), sphere), torch.randn(5, 16, 32) * 3
+    angle = torch.tensor([0.0, 0.3, 1.0, 1.5, math.pi / 2])
+    v = model.rotate(z, noise, angle, sphere)
+    torch.testing.assert_close(v.pow(2).mean(dims), torch.ones_like(v.pow(2).mean(dims)), rtol=1e-5, atol=1e-5)
+    cosine = (v * z).mean(dims)
+    torch.testing.assert_close(cosine, angle.cos().view(-1, *[1] * (cosine.ndim - 1)).expand_as(cosine), rtol=0, atol=1e-5)
+    assert ((v * noise).mean(dims) > -1e-5)[1:].all() or sphere == "token"
+
+
+def test_rotation_equals_projected_addition_of_orthogonal_noise():
+    z = model.to_sphere(torch.randn(3, 16, 32))
+    e = model.to_sphere(torch.randn(3, 16, 32))
+    e = model.to_sphere(e - z * (z * e).mean((1, 2), keepdim=True))
+    torch.testing.assert_close(model.rotate(z, e, 1.2), model.to_sphere(z + math.tan(1.2) * e), rtol=1e-4, atol=1e-5)
+
+
+def test_angle_laws_follow_their_definitions():
+    u = (torch.arange(10_000) + 0.5) / 10_000
+    tangent = model.noise_angle(u, "tangent", 80.0)
+    torch.testing.assert_close(tangent.tan() / math.tan(math.radians(80)), u, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.noise_angle(u, "uniform", 80.0), u * math.radians(80))
+    r = model.noise_angle(u, "logit_normal", 80.0, mean=0.5, std=2.0).tan() / math.tan(math.radians(80))
+    logit = torch.log(r.double() / (1 - r.double()))
+    assert abs(logit.mean() - 0.5) < 0.01 and abs(logit.std() - 2.0) < 0.02
+
+
+# ------------------------------------------------------------------------------------------- the denoiser
+
+
+def test_xl_has_the_released_number_of_tensors_and_parameters():
+    with torch.device("meta"):
+        state = model.Denoiser(model.ModelConfig(**model.PRESETS["XL"])).state_dict()
+    assert len(state) == 401
+    assert sum(t.numel() for t in state.values()) == 675_160_896
+
+
+def test_denoiser_starts_at_zero_and_sees_class_place_and_all_tokens():
+    z, y = torch.randn(2, 16, 32), torch.tensor([0, 1])
+    assert not model.Denoiser(model.ModelConfig(**TINY))(z, y).any()
+    denoiser = random_denoiser()
+    out = denoiser(z, y)
+    assert (denoiser(z, torch.tensor([2, 3])) - out).abs().amax((1, 2)).min() > 1e-3          # class, and the null class
+    assert (denoiser(z.flip(1), y).flip(1) - out).abs().max() > 1e-3                          # positions
+    moved = z.clone()
+    moved[:, 0] += 1
+    assert ((denoiser(moved, y) - out).abs().amax(2) > 1e-6).all()                            # attention reaches every token
+
+
+def test_positions_tell_rows_from_columns():
+    p = model.sincos_2d(16, 32)[0].view(4, 4, 32)
+    assert torch.equal(p[0, 1, :16], p[3, 1, :16]) and torch.equal(p[2, 0, 16:], p[2, 3, 16:])
+    assert torch.unique(p.view(16, 32), dim=0).shape[0] == 16
+
+
+def test_losses_are_the_papers_two_terms_and_send_gradient_where_they_say():
+    denoiser = random_denoiser()
+    z, noise, y = model.to_sphere(torch.randn(4, 16, 32)), torch.randn(4, 16, 32), torch.tensor([0, 1, 2, 3])
+    angle, nearer = torch.full((4,), 1.2), torch.full((4,), 0.8)
+    strong, weak = model.rotate(z, noise, angle), model.rotate(z, noise, math.atan(0.4 * math.tan(1.2)))
+    mse = lambda a, b: (a - b).pow(2).mean((1, 2))
+    gradients = {}
+    for target, weak_weight in (("stop", 0.0), ("gradient", 0.0), ("stop", 0.5), ("ema", 0.0)):
+        denoiser.zero_grad()
+        total, reconstruction, consistency = model.losses(denoiser, z, y, noise, angle, nearer, 0.3, target, weak_weight, random_denoiser())
+        torch.testing.assert_close(reconstruction, mse(denoiser(strong, y), z))
+        torch.testing.assert_close(consistency, mse(denoiser(strong, y), denoiser(weak, y)))
+        expected = reconstruction.mean() + 0.3 * consistency.mean() + weak_weight * mse(denoiser(weak, y), z).mean()
+        torch.testing.assert_close(total, expected)
+        total.backward()
+        gradients[target, weak_weight] = denoiser.embed.weight.grad.clone()
+    torch.testing.assert_close(gradients["stop", 0.0], gradients["ema", 0.0])                 # the same weights stand still in both
+    assert (gradients["gradient", 0.0] - gradients["stop", 0.0]).abs().max() > 1e-4
+    assert (gradients["stop", 0.5] - gradients["stop", 0.0]).abs().max() > 1e-4
+
+
+# ------------------------------------------------------------------------------------------- sampling
+
+
+def test_generate_walks_noise_predict_rotate_predict():
+    denoiser, y = random_denoiser(), torch.tensor([0, 1, 2])
+    noise = torch.randn(3, 16, 32)
+    e = model.to_sphere(noise)
+    with torch.no_grad():
+        x1 = denoiser(e, y)
+        x2 = denoiser(model.rotate(x1, e, math.atan(0.5 * math.tan(math.radians(60)))), y)
+        x2_constant = denoiser(model.rotate(x1, e, math.radians(60)), y)
+    every = model.generate(denoiser, y, steps=2, noise=noise, max_angle=60, return_all=True)
+    torch.testing.assert_close(every, torch.stack([x1, x2]))
+    torch.testing.assert_close(model.generate(denoiser, y, steps=2, noise=noise, max_angle=60, strength="constant"), x2_constant)
+    torch.testing.assert_close(model.generate(denoiser, y, steps=2, noise=noise, max_angle=60, project_last=True), model.to_sphere(x2))
+    fresh = model.generate(denoiser, y, steps=2, noise=torch.stack([noise, noise.flip(0)]), max_angle=60, fresh_noise=True)
+    assert (fresh - x2).abs().max() > 1e-3
+    again = [model.generate(denoiser, y, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(again[0], again[1]) and not torch.equal(again[0], again[2])
+    with pytest.raises(ValueError, match="steps"):
+        model.generate(denoiser, y, steps=0)
+
+
+def test_guidance_extrapolates_from_the_null_class_along_chord_or_arc():
+    denoiser, y, noise = random_denoiser(), torch.tensor([0, 1, 2]), torch.randn(3, 16, 32)
+    with torch.no_grad():
+        x, null = (denoiser(model.to_sphere(noise), labels) for labels in (y, torch.full_like(y, 3)))
+    torch.testing.assert_close(model.generate(denoiser, y, steps=1, noise=noise, cfg_scale=3), null + 3 * (x - null))
+    torch.testing.assert_close(model.generate(denoiser, y, steps=1, noise=noise, cfg_scale=1), x)
+    angle = lambda a, b: torch.acos((model.to_sphere(a) * model.to_sphere(b)).mean((1, 2)))
+    turned = model.guide(x, null, 2.0, "rotation")
+    torch.testing.assert_close(angle(turned, null), 2 * angle(x, null), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(turned.pow(2).mean((1, 2)), x.pow(2).mean((1, 2)))
+    torch.testing.assert_close(model.guide(x, null, 1.0, "rotation"), x, rtol=1e-3, atol=1e-4)
+
+
+def test_pixel_loop_goes_through_the_codec_between_steps_only():
+    denoiser, y, noise, calls = random_denoiser(), torch.tensor([0, 1, 2]), torch.randn(3, 16, 32), []
+
+    class Halving(torch.nn.Module):
+        def decode(self, z):
+            calls.append("decode")
+            return z / 2
+
+        def encode(self, images):
+            calls.append("encode")
+            return images * 2
+
+    looped = model.generate(denoiser, y, steps=3, noise=noise, pixel_loop=Halving())
+    assert calls == ["decode", "encode"] * 2
+    torch.testing.assert_close(looped, model.generate(denoiser, y, steps=3, noise=noise))
+
+
+# ------------------------------------------------------------------------------------------- images and datasets
+
+
+def test_shapes_are_the_same_for_a_seed_varied_and_balanced():
+    images, labels = encode.shapes(200, seed=3)
+    assert images.shape == (200, 32, 32, 3) and images.dtype == np.uint8 and labels.dtype == np.int64
+    again, _ = encode.shapes(50, seed=3)
+    assert np.array_equal(images[:50], again)
+    assert not np.array_equal(images[:50], encode.shapes(50, seed=4)[0])
+    assert (np.bincount(labels) == 20).all() and len(encode.SHAPES) == 10
+    assert len(np.unique(images[:, 0, 0], axis=0)) > 190                                     # backgrounds
+    assert (np.ptp(images.reshape(200, -1, 3), axis=1).min(0) > 60).all()                    # every shape stands out
+
+
+def test_center_crop_is_adms():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 331, 3), np.uint8))
+    halved = image.resize((165, 75), Image.Resampling.BOX)
+    scaled = np.asarray(halved.resize((round(165 * 32 / 75), 32), Image.Resampling.BICUBIC)) if 75 < 64 else None
+    if scaled is None:
+        quartered = halved.resize((82, 37), Image.Resampling.BOX)
+        scaled = np.asarray(quartered.resize((round(82 * 32 / 37), 32), Image.Resampling.BICUBIC))
+    left = (scaled.shape[1] - 32) // 2
+    assert np.array_equal(np.asarray(encode.center_crop(image, 32)), scaled[:, left:left + 32])
+    assert encode.center_crop(Image.new("RGB", (5, 9)), 32).size == (32, 32)                 # small images are enlarged
+
+
+def test_every_kind_of_image_file_is_read_as_upright_rgb(tmp_path):
+    red_above_blue = Image.new("RGB", (32, 32), "red")
+    red_above_blue.paste("blue", (0, 16, 32, 32))
+    turned = red_above_blue.transpose(Image.Transpose.ROTATE_90)                             # EXIF 6 says: turn by 270 degrees
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "exif.jpg", exif=exif, quality=95)
+    red_above_blue.save(tmp_path / "a.webp", lossless=True)
+    red_above_blue.quantize(4).save(tmp_path / "palette.png")
+    for name in ("exif.jpg", "a.webp", "palette.png"):
+        image = encode.load_image(tmp_path / name, 32).astype(int)
+        assert image.shape == (32, 32, 3)
+        assert image[4, 16, 0] > 230 and image[4, 16, 2] < 25 and image[28, 16, 2] > 230, name
+    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (encode.load_image(tmp_path / "clear.png", 32) == 255).all()                      # transparency on white
+    Image.new("L", (40, 40), 77).save(tmp_path / "grey.png")
+    assert (encode.load_image(tmp_path / "grey.png", 32) == 77).all()
+    Image.fromarray(np.full((40, 40), 77 * 257, np.uint16)).save(tmp_path / "grey16.png")
+    assert (encode.load_image(tmp_path / "grey16.png", 32) == 77).all()
+
+
+def test_folder_datasets_keep_class_names_and_ignore_what_is_no_image(tmp_path):
+    draw_folder(tmp_path / "data" / "pets" / "train", ("cat", "a dog"), each=3)
+    (tmp_path / "data" / "pets" / "train" / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "data" / "pets" / "train" / ".hidden").mkdir()
+    found = encode.find_dataset(str(tmp_path / "data" / "pets" / "train"), tmp_path / "data")
+    assert found["classes"] == ["a dog", "cat"] and found["name"] == "pets-train"
+    assert found["labels"].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------- the codec
+
+
+def test_shipped_codec_reconstructs_unseen_shapes_at_30_db_and_forgives_rotated_latents():
+    codec = encode.load_codec("small")
+    images = encode.to_float(encode.shapes(200, seed=123)[0])
+    z = codec.encode(images)
+    assert z.shape == (200, *codec.latent_shape) and codec.image_size == 32 and not codec.training
+    torch.testing.assert_close(z, model.to_sphere(z))
+    psnr = lambda x: -10 * (x - images).pow(2).mean((1, 2, 3)).log10().mean()
+    assert psnr(codec.decode(z)) > 30
+    turned = codec.decode(model.rotate(z, torch.randn(z.shape, generator=torch.Generator().manual_seed(0)), 0.4))
+    assert psnr(turned) > 25
+    assert (HERE / "assets" / "small_shapes.pt").stat().st_size < 2e6
+    wild = codec.decode(torch.randn(2, 16, 32) * 9)
+    assert wild.min() >= 0 and wild.max() <= 1
+
+
+def test_fitting_learns_and_the_larger_codec_has_more_tokens(tmp_path):
+    images, _ = encode.shapes(100)
+    images = images.repeat(2, axis=1).repeat(2, axis=2)
+    worse, better = (encode.fit_codec(images, tmp_path / f"{n}.pt", 64, steps=n, batch_size=16) for n in (2, 40))
+    assert better > worse + 1
+    codec = encode.load_codec("small64", tmp_path / "40.pt")
+    assert codec.image_size == 64 and codec.latent_shape == (64, 32)
+    assert codec.decode(codec.encode(encode.to_float(images[:2]))).shape == (2, 3, 64, 64)
+
+
+# ------------------------------------------------------------------------------------------- the cache
+
+
+def test_cache_holds_the_latents_of_the_images_with_labels_and_statistics(workspace):
+    data = workspace / "data"
+    found = encode.find_dataset(str(workspace / "photos"), data)
+    latents, labels, meta = encode.open_cache(found | dict(name=next(data.iterdir()).name), "small", data)
+    codec = encode.load_codec("small", next(data.glob("*/small.pt")))
+    z = codec.encode(encode.to_float(np.stack([encode.load_image(path, 32) for path in found["paths"]])))
+    assert latents.dtype == np.float16 and isinstance(latents, np.memmap)
+    torch.testing.assert_close(torch.from_numpy(np.array(latents)).float(), z, rtol=1e-2, atol=2e-3)
+    assert labels.tolist() == found["labels"].tolist() and meta["classes"] == ["disc", "plain"]
+    torch.testing.assert_close(torch.tensor(meta["mean"]), z.mean((0, 1)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.tensor(meta["std"]), z.flatten(0, 1).std(0, correction=0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def copied(workspace, tmp_path):
+    """A copy of the workspace to spoil."""
+    shutil.copytree(workspace, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def train_again(cwd, *more):
+    return script("train.py", "--dataset", "photos", *RUN, "--max_steps", 12, "--out_dir", "out/again", *more, cwd=cwd)
+
+
+def test_damaged_foreign_or_outdated_cache_is_refused_with_the_command_that_remakes_it(copied):
+    cache = next(copied.glob("data/*/small"))
+    whole = (cache / "latents.npy").read_bytes()
+    (cache / "latents.npy").write_bytes(whole[:-100])
+    fails_clearly(train_again(copied), cache.relative_to(copied), "python encode.py --dataset photos --codec small")
+    (cache / "latents.npy").write_bytes(whole)
+    draw_folder(copied / "photos", each=7)
+    fails_clearly(train_again(copied), "other images", "python encode.py --dataset photos")
+    status, text = script("encode.py", "--dataset", "photos", "--workers", 1, cwd=copied)
+    assert status == 0 and "14 images of 2 classes" in text, text
+    script("encode.py", "--dataset", "photos", "--fit", "--fit_steps", 2, "--workers", 1, cwd=copied)
+    fails_clearly(train_again(copied), "another codec", "python encode.py --dataset photos")
+    fails_clearly(script("sample.py", cwd=copied), "small.pt", "python train.py --dataset photos")
+
+
+def test_interrupted_encoding_leaves_the_earlier_cache_whole(copied, monkeypatch):
+    monkeypatch.chdir(copied)
+    found = encode.find_dataset("photos")
+    cache = copied / "data" / found["name"] / "small"
+    before = (cache / "latents.npy").read_bytes()
+
+    def stop(*_):
+        yield 0, np.zeros((4, 32, 32, 3), np.uint8), []
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encode, "read_images", stop)
+    with pytest.raises(KeyboardInterrupt):
+        encode.write_cache(found, "small")
+    assert (cache / "latents.npy").read_bytes() == before
+    assert [f.name for f in cache.parent.iterdir() if f.name.startswith(".")] == []
+    encode.open_cache(found, "small")
+
+
+def test_unreadable_images_are_named_or_skipped_and_counted(copied):
+    bad = sorted((copied / "photos" / "disc").iterdir())[2]
+    bad.write_bytes(bad.read_bytes()[:60])
+    fails_clearly(script("encode.py", "--dataset", "photos", "--workers", 1, cwd=copied), bad.name, "--skip_bad")
+    status, text = script("encode.py", "--dataset", "photos", "--workers", 1, "--skip_bad", cwd=copied)
+    assert status == 0 and "11 images" in text and "1 unreadable" in text and bad.name in text, text
+    assert train_again(copied)[0] == 0
+
+
+def test_useless_dataset_folders_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    fails_clearly(script("encode.py", "--dataset", "empty", cwd=tmp_path), "empty", "one sub-folder per class")
+    draw_folder(tmp_path / "photos", each=1)
+    (tmp_path / "photos" / "void").mkdir()
+    fails_clearly(script("encode.py", "--dataset", "photos", cwd=tmp_path), Path("photos") / "void")
+    fails_clearly(script("train.py", "--dataset", "nowhere", cwd=tmp_path), "nowhere")
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+def test_training_lowers_the_loss_and_writes_checkpoint_log_and_grids(tmp_path):
+    """60 steps on latents of 3 points per class: far below the loss of predicting nothing."""
+    draw_folder(tmp_path / "photos", each=3)
+    status, text = script("encode.py", "--dataset", "photos", "--fit_steps", 4, "--workers", 1, cwd=tmp_path)
+    assert status == 0, text
+    status, text = script("train.py", "--dataset", "photos", *RUN, "--batch_size", 16, "--max_steps", 60, "--lr", 3e-3, "--warmup", 5,
+                          "--sample_every", 60, cwd=tmp_path)
+    assert status == 0 and "python sample.py --steps 4" in text, text
+    out = next((tmp_path / "out").iterdir())
+    rows = [dict(zip(header, map(float, row))) for header, row in read_log(out)]
+    assert rows[-1]["step"] == 60 and rows[-1]["reconstruction"] < 0.6 * rows[0]["reconstruction"]
+    assert Image.open(out / "samples" / "step_000060.png").width > 64
+    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
+    assert checkpoint["step"] == 60 and all(not key.startswith(("module.", "_orig_mod.")) for key in checkpoint["model"])
+
+
+def read_log(out):
+    """(header, row) pairs of a log.csv."""
+    lines = (out / "log.csv").read_text().splitlines()
+    return [(lines[0].split(","), line.split(",")) for line in lines[1:]]
+
+
+def checkpoints_equal(a, b):
+    a, b = (torch.load(path, weights_only=True) for path in (a, b))
+    flat = lambda c: {**c["model"], **{f"ema.{k}": v for k, v in c["ema"].items()},
+                      **{f"{i}.{k}": v for i, state in c["optimizer"]["state"].items() for k, v in state.items()}}
+    return a["step"] == b["step"] and all(torch.equal(v, flat(b)[k]) for k, v in flat(a).items())
+
+
+def dies(monkeypatch, cwd, at_step, error, *args):
+    """Run train.main() in this process until `losses` raises `error` at a step."""
+    calls, real = [], train.losses
+
+    def losses(*arguments, **options):
+        calls.append(1)
+        if len(calls) > at_step:
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.chdir(cwd)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "losses", losses)
+        patch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        with pytest.raises(type(error)):
+            train.main()
+
+
+def test_resumed_run_ends_bit_equal_to_an_uninterrupted_one(copied, monkeypatch):
+    dies(monkeypatch, copied, 10, KeyboardInterrupt(), "--dataset", "photos", *RUN, "--log_every", 3, "--max_steps", 12, "--out_dir", "out/killed")
+    out = copied / "out" / "killed"
+    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 8
+    assert [row[0] for _, row in read_log(out)] == ["3", "6", "9"]
+    status, text = script("train.py", "--resume", "--dataset", "photos", "--out_dir", "out/killed", cwd=copied)
+    assert status == 0, text
+    assert checkpoints_equal(out / "ckpt.pt", next(copied.glob("out/*photos/ckpt.pt")))
+    assert [row[0] for _, row in read_log(out)] == ["3", "6", "9", "12"]
+
+
+def test_a_new_run_sets_an_earlier_one_aside(copied):
+    out = next(copied.glob("out/*"))
+    before = (out / "ckpt.pt").read_bytes()
+    status, text = script("train.py", "--dataset", "photos", *RUN, "--max_steps", 4, cwd=copied)
+    assert status == 0 and "earlier_1" in text, text
+    assert (out / "earlier_1" / "ckpt.pt").read_bytes() == before
+
+
+def test_two_processes_train_as_one_does(copied):
+    """The same batch, noise and order, split over two CPU processes: equal losses up to rounding."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "train.py"), "--dataset", "photos",
+               *map(str, RUN), "--max_steps", "12", "--out_dir", "out/two"]
+    done = subprocess.run(command, cwd=copied, text=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for (header, one), (_, two) in zip(read_log(next(copied.glob("out/*photos"))), read_log(copied / "out" / "two"), strict=True):
+        for name, x, y in zip(header, one, two):
+            assert name == "images_per_s" or float(x) == pytest.approx(float(y), rel=1e-3, nan_ok=True), name
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(copied, monkeypatch):
+    real = train.losses
+    calls = []
+
+    def losses(*arguments, **options):
+        calls.append(1)
+        total, *parts = real(*arguments, **options)
+        return total * (math.nan if len(calls) == 6 else 1), *parts
+
+    monkeypatch.chdir(copied)
+    monkeypatch.setattr(train, "losses", losses)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", "photos", *map(str, RUN), "--max_steps", "12", "--out_dir", "out/nan"])
+    with pytest.raises(ValueError, match="not finite at step 5.*--resume"):
+        train.main()
+    checkpoint = torch.load(copied / "out" / "nan" / "ckpt.pt", weights_only=True)
+    assert checkpoint["step"] == 4 and all(torch.isfinite(t).all() for t in checkpoint["model"].values())
+
+
+def test_resuming_with_other_settings_or_without_a_checkpoint_is_refused(copied):
+    out = next(copied.glob("out/*photos"))
+    fails_clearly(script("train.py", "--dataset", "photos", "--resume", "--preset", "S", cwd=copied), out.name, "--preset tiny, not S")
+    fails_clearly(script("train.py", "--dataset", "photos", "--resume", "--out_dir", "out/none", cwd=copied), "out/none", "python train.py")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_while_saving_keeps_the_old_file_and_says_so(tmp_path, monkeypatch):
+    encode.write_file(tmp_path / "ckpt.pt", lambda file: file.write(b"old"))
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, *mode: real("/dev/full" if ".tmp" in str(path) else path, *mode))
+    with pytest.raises(OSError, match="ckpt.pt.*free some disk space"):
+        encode.write_file(tmp_path / "ckpt.pt", lambda file: torch.save(dict(x=torch.zeros(100_000)), file))
+    assert (tmp_path / "ckpt.pt").read_bytes() == b"old"
+
+
+def test_batches_go_through_every_image_once_an_epoch_in_an_order_of_their_own():
+    seen = np.concatenate([train.batch_indexes(10, 4, step, seed=0) for step in range(5)])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert not np.array_equal(seen[:10], seen[10:])
+    assert not np.array_equal(train.batch_indexes(10, 4, 0, seed=0), train.batch_indexes(10, 4, 0, seed=1))
+    assert np.bincount(train.batch_indexes(3, 9, 2, seed=0)).tolist() == [3, 3, 3]          # batches larger than the dataset
+
+
+# ------------------------------------------------------------------------------------------- sample.py
+
+
+def test_sample_writes_grid_npz_and_folder_with_classes_in_equal_numbers(copied):
+    assert "wrote out" in script("sample.py", cwd=copied)[1]
+    for out in ("a.npz", "folder", "grid.png"):
+        status, text = script("sample.py", "--num_images", 6, "--out", out, cwd=copied)
+        assert status == 0 and f"wrote {out}" in text, text
+    with np.load(copied / "a.npz") as archive:
+        images, labels = archive["arr_0"], archive["arr_1"]
+    assert images.shape == (6, 32, 32, 3) and images.dtype == np.uint8
+    assert labels.dtype == np.int64 and labels.tolist() == [0, 1] * 3
+    files = sorted((copied / "folder").iterdir())
+    assert [f.name for f in files] == [f"{i:06d}.png" for i in range(6)]
+    assert all(np.array_equal(np.asarray(Image.open(f)), image) for f, image in zip(files, images))
+    status, text = script("sample.py", "--num_images", 3, "--classes", "plain", "--out", "b.npz", cwd=copied)
+    assert np.load(copied / "b.npz")["arr_1"].tolist() == [1, 1, 1], text
+
+
+def test_a_seed_makes_the_same_images_whatever_the_batch_size(workspace):
+    checkpoint = sample.load_checkpoint(next(workspace.glob("out/*photos/ckpt.pt"))) | dict(data_dir=workspace / "data")
+    denoiser, codec = sample.load_model(checkpoint), sample.load_codec_of(checkpoint)
+    draw = lambda batch_size, seed=0, **options: np.concatenate(list(sample.sample_batches(
+        denoiser, codec, torch.arange(10) % 2, batch_size, torch.device("cpu"), seed, progress=False, **options))).astype(int)
+    for options in ({}, dict(fresh_noise=True, cfg_scale=2.0)):
+        assert np.abs(draw(10, **options) - draw(3, **options)).max() <= 1                  # a grey level: matrix products round by size
+        assert np.abs(draw(10, **options) - draw(10, seed=1, **options)).max() > 10
+
+
+def test_filmstrip_shows_the_same_noise_after_every_step(workspace):
+    checkpoint = sample.load_checkpoint(next(workspace.glob("out/*photos/ckpt.pt"))) | dict(data_dir=workspace / "data")
+    denoiser, codec = sample.load_model(checkpoint), sample.load_codec_of(checkpoint)
+    draw = lambda **options: next(sample.sample_batches(denoiser, codec, torch.tensor([0, 1]), 2, torch.device("cpu"), progress=False, **options))
+    strip = draw(steps=3, return_all=True)
+    assert strip.shape == (3, 2, 32, 32, 3)
+    assert np.array_equal(strip[2], draw(steps=3)) and np.array_equal(strip[0], draw(steps=1))
+    status, text = script("sample.py", "--filmstrip", "--steps", 3, "--out", workspace / "strip.png", cwd=workspace)
+    assert status == 0 and Image.open(workspace / "strip.png").width == 3 * 68 + 4, text
+
+
+def test_every_way_of_sampling_runs_from_the_command_line(copied):
+    for options in (["--cfg_mode", "rotation", "--cfg_scale", 2], ["--strength", "constant", "--max_angle", 50], ["--fresh_noise"],
+                    ["--project_last"], ["--pixel_loop"], ["--steps", 1], ["--dtype", "bfloat16"]):
+        status, text = script("sample.py", "--num_images", 2, *options, "--out", "x.png", cwd=copied)
+        assert status == 0, text
+
+
+def test_sampling_mistakes_end_in_one_clear_line(copied, tmp_path):
+    out = next(copied.glob("out/*photos"))
+    fails_clearly(script("sample.py", cwd=tmp_path), "python train.py")
+    fails_clearly(script("sample.py", "--steps", 0, cwd=copied), "--steps", 0)
+    fails_clearly(script("sample.py", "--batch_size", 0, cwd=copied), "--batch_size", 0)
+    fails_clearly(script("train.py", "--batch_size", 0, cwd=copied), "--batch_size", 0)
+    fails_clearly(script("sample.py", "--classes", "unicorn", cwd=copied), "unicorn", "disc, plain")
+    (copied / "not.pt").write_bytes(b"hello")
+    fails_clearly(script("sample.py", "--ckpt", "not.pt", cwd=copied), "not.pt", "python train.py")
+    torch.save(dict(x=1), copied / "other.pt")
+    fails_clearly(script("sample.py", "--ckpt", "other.pt", cwd=copied), "other.pt")
+    whole = (out / "ckpt.pt").read_bytes()
+    (out / "ckpt.pt").write_bytes(whole[:len(whole) // 2])
+    fails_clearly(script("sample.py", cwd=copied), out.name, "python train.py")
+    fails_clearly(script("train.py", "--dataset", "photos", "--resume", cwd=copied), out.name)
+
+
+# ------------------------------------------------------------------------------------------- fid.py
+
+
+def test_frechet_distance_is_exact_for_gaussians_of_known_distance():
+    rng = np.random.default_rng(0)
+    root = rng.standard_normal((20, 20))
+    sigma, a = root @ root.T, rng.standard_normal((20, 20))
+    a = a @ a.T / 20 + np.eye(20)                                                            # x -> a x is the optimal map
+    mu1, mu2 = rng.standard_normal((2, 20))
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma + a @ sigma @ a - 2 * a @ sigma)
+    assert fid.frechet_distance(mu1, sigma, mu2, a @ sigma @ a) == pytest.approx(expected, rel=1e-10)
+    flat = np.diag([1.0] * 5 + [0.0] * 15)                                                   # rank-deficient
+    assert fid.frechet_distance(mu1, flat, mu1, 4 * flat) == pytest.approx(5.0, abs=1e-9)
+    with pytest.raises(ValueError, match="finite"):
+        fid.frechet_distance(mu1 * np.nan, sigma, mu2, sigma)
+
+
+def test_streamed_moments_are_numpys():
+    features = torch.randn(100, 7)
+    mean, covariance, n = fid.moments(features.split(32))
+    np.testing.assert_allclose(mean, features.double().numpy().mean(0))
+    np.testing.assert_allclose(covariance, np.cov(features.double().numpy(), rowvar=False))
+
+
+def test_fid_tells_near_from_far_and_reads_npz_and_folders(tmp_path):
+    images, labels = encode.shapes(300, seed=9)
+    np.savez(tmp_path / "near.npz", arr_0=images, arr_1=labels)
+    np.savez(tmp_path / "far.npz", arr_0=images[labels == 4], arr_1=labels[labels == 4])
+    for i, image in enumerate(images):
+        sample.write_png(tmp_path / "near" / f"{i}.png", Image.fromarray(image))
+    distance = {}
+    for name in ("near.npz", "far.npz", "near"):
+        status, text = script("fid.py", name, "--ref", "shapes", cwd=tmp_path)
+        assert status == 0, text
+        distance[name] = float(text.strip().splitlines()[-1].split(": ")[1].split()[0])
+    assert distance["far.npz"] > 3 * distance["near.npz"]
+    assert distance["near"] == pytest.approx(distance["near.npz"], rel=1e-4)
+    np.savez(tmp_path / "wrong.npz", samples=images)
+    fails_clearly(script("fid.py", "wrong.npz", cwd=tmp_path), "wrong.npz", "arr_0", "samples")
+    fails_clearly(script("fid.py", "none.npz", cwd=tmp_path), "none.npz", "python sample.py")
