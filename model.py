@@ -9,9 +9,9 @@ not the angle, and predicts z:
     L = |D(v, y) - z|^2                  `losses`: latent reconstruction,
       + w |D(v, y) - sg D(v', y)|^2      and consistency with a point v' on the same arc, nearer to z
 
-Sampling begins at pure noise and takes a few steps, each a smaller rotation back towards the same noise (`generate`):
+Sampling begins at pure noise and takes a few steps, each after a smaller rotation back towards noise (`generate`):
 
-    v = e;  x = D(v, y);  v = rotate(x, e, a_1);  x = D(v, y);  v = rotate(x, e, a_2);  ...;  image = decode(x), once
+    v = e;  x = D(v, y);  v = rotate(x, e', a_1);  x = D(v, y);  v = rotate(x, e'', a_2);  ...;  image = decode(x), once
 
 Source: "Efficient Image Synthesis with Sphere Latent Encoder", arXiv 2605.15592; geometry after Sphere Encoder, arXiv 2602.15030.
 Shapes: B batch, T tokens, C latent channels, D width, H heads.   `python model.py` lists the presets and their sizes.
@@ -89,7 +89,7 @@ class ModelConfig:
 
 
 PRESETS = {    # patch size 1 throughout: a token of the latent is a token of the transformer
-    "tiny": dict(width=192, depth=6, heads=6),
+    "tiny": dict(width=128, depth=6, heads=4),
     "S": dict(width=384, depth=12, heads=6),
     "B": dict(width=768, depth=12, heads=12),
     "L": dict(width=1024, depth=24, heads=16),
@@ -168,7 +168,7 @@ class Denoiser(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.classes.weight, std=0.02)
+        nn.init.normal_(self.classes.weight)                       # std 1, not DiT's 0.02: adaLN hears the class from step one
         for layer in [block.adaln for block in self.blocks] + [self.adaln, self.out]:
             nn.init.zeros_(layer.weight)                           # adaLN-zero: every block begins as the identity
 
@@ -246,13 +246,14 @@ def guide(x, x_null, scale, mode="difference"):
 
 @torch.no_grad()
 def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=False, noise=None, max_angle=None,
-             strength="falling", fresh_noise=False, cfg_mode="difference", project_last=False, pixel_loop=None):
+             strength="falling", same_noise=False, cfg_mode="difference", project_last=False, pixel_loop=None):
     """Draw latents in a few steps: from noise to a prediction, back part of the way towards the noise, and again.
 
     labels: (B,) int64. steps: calls of the denoiser, at least 1. cfg_scale: 1 turns guidance off; otherwise every step costs two
-    forwards (NFE = 2 * steps). noise: (B, T, C), or (steps, B, T, C) with fresh_noise; drawn with `generator` when None.
+    forwards (NFE = 2 * steps). noise: (steps, B, T, C), new noise at every step, or (B, T, C), the same at every step; when None it is
+    drawn with `generator`, the former, or the latter with same_noise.
     max_angle: degrees, the first angle to go back by (default: training's). strength: "falling", step k of n goes back by
-    tan(a) = (1 - k/n) tan(max_angle); "constant", by max_angle every time. fresh_noise: new noise at every step instead of the same.
+    tan(a) = (1 - k/n) tan(max_angle); "constant", by max_angle every time.
     cfg_mode: see `guide`. project_last: put the last output on the sphere. pixel_loop: a codec; decode and encode again between
     the steps, as Sphere Encoder does, to see what staying in latent space saves.
     Returns (B, T, C) float32, or with return_all (steps, B, T, C), the output of every step. Source: paper, few-step sampling.
@@ -262,7 +263,7 @@ def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=F
     config, device = model.config, labels.device
     limit = math.radians(config.max_angle if max_angle is None else max_angle)
     if noise is None:
-        shape = (steps if fresh_noise else 1, len(labels), config.tokens, config.channels)
+        shape = (1 if same_noise else steps, len(labels), config.tokens, config.channels)
         noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
     noise = noise.expand(steps, *noise.shape[-3:])                                                 # (steps, B, T, C)
     null = torch.full_like(labels, config.num_classes)

@@ -4,7 +4,7 @@
     python sample.py --classes star ring --cfg_scale 2 --seed 7 --out stars.png
     python sample.py --num_images 10000 --out samples.npz        # as the ADM evaluator (and fid.py) reads it
     python sample.py --num_images 500 --out samples/             # numbered PNGs
-    python sample.py --filmstrip                                 # the same noise after 1, 2, ... steps
+    python sample.py --filmstrip                                 # the same start after 1, 2, ... steps
 
 Image i of a seed is always made from the same noise, however many are asked for and whatever the batch size.
 """
@@ -86,7 +86,7 @@ def sample_batches(model, codec, labels, batch_size, device, seed=0, dtype="auto
 
     Yields (B, S, S, 3) uint8 arrays in order, or with return_all=True (steps, B, S, S, 3).
     """
-    steps = options.get("steps", 4) if options.get("fresh_noise") else 1
+    steps = 1 if options.pop("same_noise", False) else options.get("steps", 4)
     with tqdm(total=len(labels), desc="sampling", unit="image", disable=not progress) as bar:
         for start in range(0, len(labels), batch_size):
             y = labels[start:start + batch_size]
@@ -166,7 +166,7 @@ def main():
     how.add_argument("--cfg_mode", default="difference", choices=["difference", "rotation"], help="guidance along the chord or the arc")
     how.add_argument("--strength", default="falling", choices=["falling", "constant"], help="noise put back between steps")
     how.add_argument("--max_angle", type=float, help="degrees, largest angle to go back by; default: the checkpoint's")
-    how.add_argument("--fresh_noise", action="store_true", help="draw new noise at every step instead of keeping the first")
+    how.add_argument("--same_noise", action="store_true", help="keep the first noise at every step instead of drawing anew")
     how.add_argument("--project_last", action="store_true", help="put the last output on the sphere before decoding")
     how.add_argument("--pixel_loop", action="store_true", help="decode and encode between steps, as Sphere Encoder does")
     machine = parser.add_argument_group("machine")
@@ -192,10 +192,14 @@ def main():
     out = Path(args.out or Path(path).parent / f"{'filmstrip' if args.filmstrip else 'grid'}_{args.steps}steps_cfg{cfg_scale:g}_seed{args.seed}.png")
     if args.filmstrip and out.suffix != ".png":
         parser.error(f"--filmstrip draws a .png, got --out {args.out}")
+    if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".npy"):
+        parser.error(f"--out is a .png, an .npz or a folder, got {args.out}")
+    if extra := [file.name for file in out.glob("*.png") if file.stem.isdecimal() and int(file.stem) >= number]:
+        raise ValueError(f"{out}: holds {len(extra)} images of an earlier run ({extra[0]}, ...); remove the folder or choose another --out")
     print(f"{path}: step {checkpoint['step']}, {number} images, {args.steps} steps, guidance {cfg_scale:g}, seed {args.seed}, {device.type}")
 
     batches = sample_batches(model, codec, labels, args.batch_size, device, args.seed, args.dtype, steps=args.steps, cfg_scale=cfg_scale,
-                             cfg_mode=args.cfg_mode, strength=args.strength, max_angle=args.max_angle, fresh_noise=args.fresh_noise,
+                             cfg_mode=args.cfg_mode, strength=args.strength, max_angle=args.max_angle, same_noise=args.same_noise,
                              project_last=args.project_last, pixel_loop=codec if args.pixel_loop else None, return_all=args.filmstrip)
     if args.filmstrip:
         strips = np.concatenate(list(batches), axis=1)                                             # (steps, N, S, S, 3)
@@ -207,13 +211,8 @@ def main():
     elif out.suffix == ".npz":
         write_npz(out, batches, labels, codec.image_size)
     else:
-        if out.suffix:
-            parser.error(f"--out ends in .png, .npz or is a folder, got {args.out}")
-        done = 0
-        for images in batches:
-            for image in images:
-                write_png(out / f"{done:06d}.png", Image.fromarray(image))
-                done += 1
+        for number, image in enumerate(image for images in batches for image in images):
+            write_png(out / f"{number:06d}.png", Image.fromarray(image))
     print(f"wrote {out}")
 
 

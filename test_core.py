@@ -1,9 +1,11 @@
 """What the project promises, checked on a CPU without network in about a minute: python -m pytest -q"""
+import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -180,8 +182,9 @@ def test_generate_walks_noise_predict_rotate_predict():
     torch.testing.assert_close(every, torch.stack([x1, x2]))
     torch.testing.assert_close(model.generate(denoiser, y, steps=2, noise=noise, max_angle=60, strength="constant"), x2_constant)
     torch.testing.assert_close(model.generate(denoiser, y, steps=2, noise=noise, max_angle=60, project_last=True), model.to_sphere(x2))
-    fresh = model.generate(denoiser, y, steps=2, noise=torch.stack([noise, noise.flip(0)]), max_angle=60, fresh_noise=True)
-    assert (fresh - x2).abs().max() > 1e-3
+    with torch.no_grad():
+        x2_fresh = denoiser(model.rotate(x1, noise.flip(0), math.atan(0.5 * math.tan(math.radians(60)))), y)
+    torch.testing.assert_close(model.generate(denoiser, y, steps=2, noise=torch.stack([noise, noise.flip(0)]), max_angle=60), x2_fresh)
     again = [model.generate(denoiser, y, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(again[0], again[1]) and not torch.equal(again[0], again[2])
     with pytest.raises(ValueError, match="steps"):
@@ -232,16 +235,17 @@ def test_shapes_are_the_same_for_a_seed_varied_and_balanced():
     assert (np.ptp(images.reshape(200, -1, 3), axis=1).min(0) > 60).all()                    # every shape stands out
 
 
-def test_center_crop_is_adms():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 331, 3), np.uint8))
-    halved = image.resize((165, 75), Image.Resampling.BOX)
-    scaled = np.asarray(halved.resize((round(165 * 32 / 75), 32), Image.Resampling.BICUBIC)) if 75 < 64 else None
-    if scaled is None:
-        quartered = halved.resize((82, 37), Image.Resampling.BOX)
-        scaled = np.asarray(quartered.resize((round(82 * 32 / 37), 32), Image.Resampling.BICUBIC))
-    left = (scaled.shape[1] - 32) // 2
-    assert np.array_equal(np.asarray(encode.center_crop(image, 32)), scaled[:, left:left + 32])
-    assert encode.center_crop(Image.new("RGB", (5, 9)), 32).size == (32, 32)                 # small images are enlarged
+@pytest.mark.parametrize("width, height", [(331, 150), (63, 200), (64, 64), (5, 9), (33, 32)])
+def test_center_crop_is_adms(width, height):
+    """Box-halving while the shorter side is at least twice the size, bicubic to the size, an array slice from the middle."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+    expected = image
+    while min(*expected.size) >= 64:
+        expected = expected.resize(tuple(x // 2 for x in expected.size), resample=Image.Resampling.BOX)
+    scale = 32 / min(*expected.size)
+    expected = np.array(expected.resize(tuple(round(x * scale) for x in expected.size), resample=Image.Resampling.BICUBIC))
+    top, left = (expected.shape[0] - 32) // 2, (expected.shape[1] - 32) // 2
+    assert np.array_equal(np.asarray(encode.center_crop(image, 32)), expected[top:top + 32, left:left + 32])
 
 
 def test_every_kind_of_image_file_is_read_as_upright_rgb(tmp_path):
@@ -293,13 +297,13 @@ def test_shipped_codec_reconstructs_unseen_shapes_at_30_db_and_forgives_rotated_
 
 
 def test_fitting_learns_and_the_larger_codec_has_more_tokens(tmp_path):
-    images, _ = encode.shapes(100)
-    images = images.repeat(2, axis=1).repeat(2, axis=2)
-    worse, better = (encode.fit_codec(images, tmp_path / f"{n}.pt", 64, steps=n, batch_size=16) for n in (2, 40))
+    images, _ = encode.shapes(200)
+    worse, better = (encode.fit_codec(images, tmp_path / f"{n}.pt", 32, steps=n, batch_size=16) for n in (2, 60))
     assert better > worse + 1
-    codec = encode.load_codec("small64", tmp_path / "40.pt")
+    encode.fit_codec(images[:20].repeat(2, axis=1).repeat(2, axis=2), tmp_path / "large.pt", 64, steps=1, batch_size=4)
+    codec = encode.load_codec("small64", tmp_path / "large.pt")
     assert codec.image_size == 64 and codec.latent_shape == (64, 32)
-    assert codec.decode(codec.encode(encode.to_float(images[:2]))).shape == (2, 3, 64, 64)
+    assert codec.decode(codec.encode(torch.rand(2, 3, 64, 64))).shape == (2, 3, 64, 64)
 
 
 # ------------------------------------------------------------------------------------------- the cache
@@ -526,7 +530,7 @@ def test_a_seed_makes_the_same_images_whatever_the_batch_size(workspace):
     denoiser, codec = sample.load_model(checkpoint), sample.load_codec_of(checkpoint)
     draw = lambda batch_size, seed=0, **options: np.concatenate(list(sample.sample_batches(
         denoiser, codec, torch.arange(10) % 2, batch_size, torch.device("cpu"), seed, progress=False, **options))).astype(int)
-    for options in ({}, dict(fresh_noise=True, cfg_scale=2.0)):
+    for options in ({}, dict(same_noise=True, cfg_scale=2.0)):
         assert np.abs(draw(10, **options) - draw(3, **options)).max() <= 1                  # a grey level: matrix products round by size
         assert np.abs(draw(10, **options) - draw(10, seed=1, **options)).max() > 10
 
@@ -543,7 +547,7 @@ def test_filmstrip_shows_the_same_noise_after_every_step(workspace):
 
 
 def test_every_way_of_sampling_runs_from_the_command_line(copied):
-    for options in (["--cfg_mode", "rotation", "--cfg_scale", 2], ["--strength", "constant", "--max_angle", 50], ["--fresh_noise"],
+    for options in (["--cfg_mode", "rotation", "--cfg_scale", 2], ["--strength", "constant", "--max_angle", 50], ["--same_noise"],
                     ["--project_last"], ["--pixel_loop"], ["--steps", 1], ["--dtype", "bfloat16"]):
         status, text = script("sample.py", "--num_images", 2, *options, "--out", "x.png", cwd=copied)
         assert status == 0, text
@@ -569,40 +573,246 @@ def test_sampling_mistakes_end_in_one_clear_line(copied, tmp_path):
 # ------------------------------------------------------------------------------------------- fid.py
 
 
-def test_frechet_distance_is_exact_for_gaussians_of_known_distance():
-    rng = np.random.default_rng(0)
-    root = rng.standard_normal((20, 20))
-    sigma, a = root @ root.T, rng.standard_normal((20, 20))
-    a = a @ a.T / 20 + np.eye(20)                                                            # x -> a x is the optimal map
-    mu1, mu2 = rng.standard_normal((2, 20))
-    expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma + a @ sigma @ a - 2 * a @ sigma)
-    assert fid.frechet_distance(mu1, sigma, mu2, a @ sigma @ a) == pytest.approx(expected, rel=1e-10)
-    flat = np.diag([1.0] * 5 + [0.0] * 15)                                                   # rank-deficient
-    assert fid.frechet_distance(mu1, flat, mu1, 4 * flat) == pytest.approx(5.0, abs=1e-9)
+def random_weights():
+    """A state dict with the published keys, by numpy's frozen generator, so that outputs can be pinned."""
+    random, state = np.random.RandomState(0), {}
+    for key, old in sorted(fid.InceptionV3().state_dict().items()):
+        x = random.standard_normal(old.shape)
+        if key.endswith("conv.weight") or key == "fc.weight":
+            x *= np.sqrt(2 / np.prod(old.shape[1:]))
+        elif "running_var" in key or "bn.weight" in key:
+            x = 0.8 + 0.5 * np.abs(x)
+        state[key] = torch.tensor(0.3 * x if key.endswith(("bias", "mean")) else x, dtype=torch.float32)
+    return state
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save(random_weights(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def net(weights):
+    return fid.InceptionV3(weights)
+
+
+def picture(size):
+    """A smooth colour picture (1, 3, size, size) uint8."""
+    y, x = np.mgrid[:size, :size] / size
+    waves = [np.sin(9 * x + 5 * y), np.cos(7 * x * y), np.sin(12 * y - 3 * x)]
+    return torch.from_numpy(np.stack(waves) * 100 + 128).byte()[None]
+
+
+def test_inception_takes_the_published_file(net):
+    keys = set(net.state_dict())
+    assert len(keys) == 472 and {"Mixed_7c.branch3x3dbl_3b.bn.running_var", "Mixed_6a.branch3x3.conv.weight", "fc.bias"} <= keys
+    assert sum(p.numel() for p in net.parameters()) == 23_850_960
+    assert net.Mixed_6b.branch7x7_2.conv.weight.shape == (128, 128, 1, 7) and net.fc.weight.shape == (1008, 2048)
+    counters = {"fc.num_batches_tracked": torch.tensor(0)}         # as nn.BatchNorm2d would add
+    net.load_state_dict(net.state_dict() | counters)
+
+
+# Pool, spatial and logits of picture(size), computed by another implementation of the same graph with these weights.
+PINNED = {
+    32: ([0.61587, 0.77016, 114.91007, 19.54561], [2.56863, 10.85928, 6.31832, 14.68909], [0.46252, -46.00879, 43.96598, 101.09564]),
+    256: ([0.62031, 0.77197, 115.45718, 19.61932], [2.57193, 10.69898, 6.41739, 14.7975], [0.47205, -46.30979, 44.16714, 101.49183]),
+    320: ([0.62268, 0.7704, 115.44699, 19.62211], [2.5679, 10.68181, 6.43882, 14.80673], [0.46822, -46.30226, 44.16594, 101.49995]),
+}
+
+
+@pytest.mark.parametrize("size", PINNED)
+def test_inception_computes_the_graph_of_2015(net, size):
+    out = net(picture(size))
+    assert {name: tuple(x.shape) for name, x in out.items()} == {"pool3": (1, 2048), "spatial": (1, 2023), "logits": (1, 1008)}
+    for name, expected in zip(("pool3", "spatial", "logits"), PINNED[size]):
+        torch.testing.assert_close(out[name][0, :: len(out[name][0]) // 4][:4], torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_inception_is_in_eval_mode_and_float32_whatever_the_caller_set(net):
+    seen, image = [], picture(64)
+    plain = net(image)["logits"]
+    hook = net.Conv2d_1a_3x3.register_forward_hook(
+        lambda *_: seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"))))
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.allow_tf32 = True
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(net.train()(image)["logits"], plain) and not net.training
+        assert seen == [(False, "highest", False)]
+        assert torch.get_float32_matmul_precision() == "medium" and torch.backends.cudnn.allow_tf32
+    finally:
+        hook.remove()
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    with pytest.raises(ValueError, match="uint8"):
+        net(image.float())
+
+
+@pytest.mark.parametrize("size", [32, 320])
+def test_resize_reads_pixels_where_tensorflow_1_did(size):
+    image = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    got, source = fid.resize_tf1(image)[0, 0].numpy(), np.pad(image[0, 0].numpy().astype(float), (0, 1), "edge")
+    for i, j in ((0, 0), (298, 298), (7, 200), (150, 33)):
+        (y, v), (x, u) = divmod(i * size / 299, 1), divmod(j * size / 299, 1)
+        window = source[int(y):int(y) + 2, int(x):int(x) + 2]
+        assert got[i, j] == pytest.approx(np.array([1 - v, v]) @ window @ np.array([1 - u, u]), abs=0.02)
+    assert torch.equal(fid.resize_tf1(picture(299)), picture(299).float())
+
+
+def test_frechet_distance_is_exact_on_known_gaussians_also_without_full_rank():
+    random = np.random.default_rng(0)
+    a, b = random.standard_normal((2, 200, 200))
+    s1, root = a @ a.T / 200, b @ b.T / 200
+    mu, s2 = random.standard_normal(200), root @ s1 @ root         # the optimal map is `root`
+    exact = mu @ mu + np.trace(s1) + np.trace(s2) - 2 * np.trace(root @ s1)
+    assert fid.frechet_distance(0 * mu, s1, mu, s2) == pytest.approx(exact, abs=1e-9 * np.trace(s1 + s2))
+    x, y = random.standard_normal((50, 200)), random.standard_normal((300, 200))
+    for u, v in ((x, y), (y, x), (x, x)):
+        u0, v0 = ((z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (u, v))
+        exact = ((u.mean(0) - v.mean(0)) ** 2).sum() + (u0 ** 2).sum() + (v0 ** 2).sum() - 2 * np.linalg.svd(u0 @ v0.T)[1].sum()
+        got = fid.frechet_distance(u.mean(0), np.cov(u, rowvar=False), v.mean(0), np.cov(v, rowvar=False))
+        assert got == pytest.approx(exact, abs=1e-9 * 400)
+    first, second = np.diag([1.0, 2, 0, 0]), np.diag([0, 0, 3.0, 4])
+    assert fid.frechet_distance(np.zeros(4), first, np.zeros(4), second) == pytest.approx(10, abs=1e-12)
+
+
+def features_by_index(**arrays):
+    """Batches of images that carry their number, and an extractor that looks their features up."""
+    count = len(next(iter(arrays.values())))
+    images = np.arange(count).view(np.uint8).reshape(count, 2, 4, 1)
+    look_up = lambda batch: {name: torch.from_numpy(x[batch.reshape(-1, 8).copy().view(np.int64)[:, 0]]) for name, x in arrays.items()}
+    return [images[start:start + 70] for start in range(0, count, 70)], count, look_up
+
+
+def test_streamed_moments_are_those_of_the_whole_set():
+    x = np.random.default_rng(0).standard_normal((500, 30)).astype(np.float32) + 5
+    got = fid.measure(*features_by_index(pool3=x), metrics=["fid", "precision"], kept=100)
+    np.testing.assert_allclose(got["mu"], x.astype(float).mean(0), rtol=1e-13)
+    np.testing.assert_allclose(got["sigma"], np.cov(x.astype(float), rowvar=False), atol=1e-12)
+    assert got["pool3"].shape == (100, 30) and len({tuple(row) for row in got["pool3"]} & {tuple(row) for row in x}) == 100
+    x[77, 3] = np.nan
     with pytest.raises(ValueError, match="finite"):
-        fid.frechet_distance(mu1 * np.nan, sigma, mu2, sigma)
+        fid.measure(*features_by_index(pool3=x), metrics=["fid"])
 
 
-def test_streamed_moments_are_numpys():
-    features = torch.randn(100, 7)
-    mean, covariance, n = fid.moments(features.split(32))
-    np.testing.assert_allclose(mean, features.double().numpy().mean(0))
-    np.testing.assert_allclose(covariance, np.cov(features.double().numpy(), rowvar=False))
+def test_inception_score_does_not_depend_on_samples_sorted_by_class():
+    classes = np.repeat(np.arange(10), 1000)                       # two splits; in file order each would hold half of the classes
+    logits = 30 * np.eye(10)[classes]
+    got = fid.measure(*features_by_index(logits=logits), metrics=["is"])["is"]
+    assert got == pytest.approx(10, rel=1e-3)
+    logits = np.random.default_rng(0).standard_normal((400, 12))   # one split: the formula itself
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    exact = np.exp((p * np.log(p / p.mean(0))).sum(1).mean())
+    assert fid.measure(*features_by_index(logits=logits), metrics=["is"])["is"] == pytest.approx(exact, rel=1e-12)
 
 
-def test_fid_tells_near_from_far_and_reads_npz_and_folders(tmp_path):
-    images, labels = encode.shapes(300, seed=9)
-    np.savez(tmp_path / "near.npz", arr_0=images, arr_1=labels)
-    np.savez(tmp_path / "far.npz", arr_0=images[labels == 4], arr_1=labels[labels == 4])
+def test_precision_and_recall_count_points_in_balls_of_the_third_neighbour():
+    random = np.random.default_rng(0)
+    a, b = random.standard_normal((90, 6)), 1.4 * random.standard_normal((70, 6))
+    distance = lambda x, y: np.linalg.norm(x[:, None] - y[None], axis=2)
+    inside = lambda x, y: (distance(x, y) <= np.sort(distance(y, y))[:, 3]).any(1).mean()
+    got = fid.precision_recall(*(torch.from_numpy(x).float() for x in (a, b)), block=1000)
+    assert got == pytest.approx((inside(a, b), inside(b, a))) and 0 < got[0] < 1 and got[0] != got[1]
+
+
+def test_samples_are_read_from_an_npz_without_loading_it(tmp_path):
+    np.savez(tmp_path / "s.npz", arr_0=np.arange(600 * 64 * 64 * 3, dtype=np.int64).astype(np.uint8).reshape(600, 64, 64, 3))
+    found = fid.find_images(tmp_path / "s.npz")
+    tracemalloc.start()
+    total = sum(int(batch.sum(dtype=np.int64)) for batch in fid.read_batches(found, 64, 7))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total == np.load(tmp_path / "s.npz")["arr_0"].sum(dtype=np.int64) and peak < 2e6 < 600 * 64 * 64 * 3
+
+
+def write_pngs(folder, images):
+    folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
-        sample.write_png(tmp_path / "near" / f"{i}.png", Image.fromarray(image))
-    distance = {}
-    for name in ("near.npz", "far.npz", "near"):
-        status, text = script("fid.py", name, "--ref", "shapes", cwd=tmp_path)
-        assert status == 0, text
-        distance[name] = float(text.strip().splitlines()[-1].split(": ")[1].split()[0])
-    assert distance["far.npz"] > 3 * distance["near.npz"]
-    assert distance["near"] == pytest.approx(distance["near.npz"], rel=1e-4)
-    np.savez(tmp_path / "wrong.npz", samples=images)
-    fails_clearly(script("fid.py", "wrong.npz", cwd=tmp_path), "wrong.npz", "arr_0", "samples")
-    fails_clearly(script("fid.py", "none.npz", cwd=tmp_path), "none.npz", "python sample.py")
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+
+
+def call(monkeypatch, capsys, *args):
+    """Run fid.py in this process and return its JSON line."""
+    monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, args), "--json", "--workers", "1", "--device", "cpu"])
+    encode.run(fid.main)
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_all_metrics_of_a_folder_and_of_its_saved_statistics(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "WEIGHTS_SHA256", encode.sha256(weights))    # the published file can't be had here
+    images = encode.shapes(10)[0]
+    np.savez(tmp_path / "s.npz", arr_0=images[:5])
+    write_pngs(tmp_path / "ref" / "a", images[2:6])
+    write_pngs(tmp_path / "ref" / "b", images[6:])
+    stats = tmp_path / "stats.npz"
+    first = call(monkeypatch, capsys, tmp_path / "s.npz", "--ref", tmp_path / "ref", "--weights", weights, "--save_stats", stats)
+    assert (first["num_samples"], first["num_references"], first["left_out"]) == (5, 8, {})
+    assert first["fid"] > 0 and first["sfid"] > 0 and 1 <= first["is"] <= 1008 and 0 < first["precision"] <= 1
+    saved = np.load(stats)
+    assert {name: saved[name].shape for name in saved.files} == {
+        "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023), "arr_0": (8, 32, 32, 3)}
+    assert {image.tobytes() for image in saved["arr_0"]} == {image.tobytes() for image in images[2:]}
+    second = call(monkeypatch, capsys, tmp_path / "s.npz", "--ref", stats, "--weights", weights)
+    assert [second[name] for name in fid.METRICS] == pytest.approx([first[name] for name in fid.METRICS])
+    np.savez(stats, mu=saved["mu"], sigma=saved["sigma"])          # as pytorch-fid writes them
+    third = call(monkeypatch, capsys, tmp_path / "s.npz", "--ref", stats, "--weights", weights, "--metrics", "fid", "sfid", "precision")
+    assert third["fid"] == pytest.approx(first["fid"]) and set(third["left_out"]) == {"sfid", "precision"}
+
+
+def test_statistics_of_a_reference_are_kept_and_made_anew_when_it_changes(tmp_path, monkeypatch, capsys):
+    images = encode.shapes(120)[0]
+    write_pngs(tmp_path / "samples", images[:40])
+    np.savez(tmp_path / "ref.npz", arr_0=images[40:80])
+    args = tmp_path / "samples", "--ref", tmp_path / "ref.npz", "--features", "codec"
+    first = call(monkeypatch, capsys, *args)
+    kept = tmp_path / "ref.small-32.npz"
+    written = kept.stat().st_mtime_ns
+    assert call(monkeypatch, capsys, *args) == first and kept.stat().st_mtime_ns == written
+    kept.write_bytes(b"damaged")
+    assert call(monkeypatch, capsys, *args) == first and kept.stat().st_size > 1000
+    np.savez(tmp_path / "ref.npz", arr_0=images[80:])
+    assert call(monkeypatch, capsys, *args)["fid"] != first["fid"]
+    assert set(first["left_out"]) == {"sfid", "is"}
+
+
+def spoil(folder):
+    write_pngs(folder, encode.shapes(4)[0])
+    (folder / "002.png").write_bytes((folder / "002.png").read_bytes()[:99])
+
+
+IMAGES = encode.shapes(4)[0]
+NPZ = lambda **arrays: lambda path: np.savez(path, **arrays)
+BAD_SAMPLES = {
+    "float.npz": (NPZ(arr_0=IMAGES / 255), "uint8"), "wide.npz": (NPZ(arr_0=IMAGES[:, :9]), "square"), "one.npz": (NPZ(arr_0=IMAGES[:1]), "at least 2"),
+    "keys.npz": (NPZ(foo=IMAGES, bar=IMAGES), "foo, bar"), "text.npz": (lambda path: path.write_text("hello"), "not a whole npz"),
+    "missing.npz": (lambda path: None, "no such file"), "empty": (lambda path: path.mkdir(), "holds no images"), "spoilt": (spoil, "cannot be read"),
+    "mixed": (lambda path: write_pngs(path, [*IMAGES, IMAGES[0, :20, :20]]), "must all have one size"),
+    "flat": (lambda path: write_pngs(path, IMAGES[:, :20]), "must be square")}
+BAD_REFERENCES = {
+    "nan.npz": (NPZ(mu=np.full(32, np.nan), sigma=np.eye(32)), "NaN"), "other.npz": (NPZ(foo=1), "foo"), "misfit.npz": (NPZ(mu=np.ones(3), sigma=1), "fit"),
+    "wide.npz": (NPZ(mu=np.ones(3), sigma=np.eye(3)), "3 features"), "spoilt": (spoil, "cannot be read"), "nowhere": (lambda path: None, "no such")}
+
+
+@pytest.mark.parametrize("name, place", [(name, "samples") for name in BAD_SAMPLES] + [(name, "reference") for name in BAD_REFERENCES])
+def test_bad_input_ends_in_one_line_that_names_the_file(name, place, tmp_path, monkeypatch, capsys):
+    make, words = (BAD_SAMPLES if place == "samples" else BAD_REFERENCES)[name]
+    np.savez(tmp_path / "good.npz", arr_0=IMAGES)
+    make(tmp_path / name)
+    both = (name, "good.npz") if place == "samples" else ("good.npz", name)
+    with pytest.raises(SystemExit) as exit:
+        call(monkeypatch, capsys, tmp_path / both[0], "--ref", tmp_path / both[1], "--features", "codec")
+    message = exit.value.code
+    assert message.startswith("error: ") and "\n" not in message and str(tmp_path / name) in message and words in message
+
+
+def test_missing_or_other_weights_are_refused_with_the_place_to_get_them(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    np.savez(tmp_path / "s.npz", arr_0=IMAGES)
+    for options in ([], ["--weights", weights]):
+        with pytest.raises(SystemExit) as exit:
+            call(monkeypatch, capsys, tmp_path / "s.npz", "--ref", tmp_path / "s.npz", *options)
+        assert all(words in exit.value.code for words in (fid.WEIGHTS_URL, fid.WEIGHTS_SHA256, str(tmp_path / "checkpoints" / fid.WEIGHTS_NAMES[0])))
+        assert Path(options[-1] if options else tmp_path).name in exit.value.code

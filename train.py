@@ -26,16 +26,18 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from encode import SMALL_CODECS, codec_path, find_dataset, load_codec, open_cache, pick_device, prepare, run, write_file
+from fid import evaluate, find_reference, load_extractor, load_reference
 from model import ANGLE_LAWS, CONSISTENCY_TARGETS, PRESETS, SPHERES, Denoiser, ModelConfig, losses, noise_angle
 from sample import CHECKPOINT_FORMAT, autocast, load_checkpoint, make_grid, sample_batches, write_png
 
 # What a run is made of, by preset. A flag of the same name overrides one value; all are stored in the checkpoint.
-COMMON = dict(dataset="shapes", codec="small", weight_decay=0.0, grad_clip=1.0, label_dropout=0.1, sphere="global", angle_law="logit_normal", angle_mean=0.0,
-              angle_std=1.0, consistency_weight=0.1, consistency_target="stop", weak_weight=0.0, seed=0)
+COMMON = dict(dataset="shapes", codec="small", seed=0, weight_decay=0.01, grad_clip=1.0, label_dropout=0.1, sphere="global",
+              angle_law="logit_normal", angle_mean=0.0, angle_std=1.0, consistency_weight=0.1, consistency_target="stop", weak_weight=0.0,
+              eval_every=0, eval_images=2000, eval_features="inception")
 SETTINGS = {
-    "tiny": COMMON | dict(batch_size=128, max_steps=2500, lr=1e-3, warmup=100, ema_decay=0.999, max_angle=72.0, cfg_scale=3.0,
-                          log_every=50, save_every=500, sample_every=500),
-    "S": COMMON | dict(batch_size=256, max_steps=100_000, lr=2e-4, warmup=1000, ema_decay=0.9995, max_angle=80.0, cfg_scale=1.5,
+    "tiny": COMMON | dict(batch_size=128, max_steps=2200, lr=3e-3, warmup=100, ema_decay=0.999, angle_mean=0.5, max_angle=78.0,
+                          consistency_weight=0.0, cfg_scale=2.0, log_every=50, save_every=500, sample_every=500),
+    "S": COMMON | dict(batch_size=256, max_steps=100_000, lr=2e-4, warmup=1000, ema_decay=0.9995, max_angle=85.0, cfg_scale=1.5,
                        log_every=100, save_every=2500, sample_every=5000),
 }
 SETTINGS["B"] = SETTINGS["L"] = SETTINGS["XL"] = SETTINGS["S"]
@@ -66,7 +68,7 @@ def learning_rate(step, lr, warmup, max_steps):
 
 def set_aside(out_dir):
     """Move an earlier run's files in out_dir to out_dir/earlier_N, so that a new run loses nothing."""
-    files = [out_dir / name for name in ("ckpt.pt", "log.csv", "samples") if (out_dir / name).exists()]
+    files = [out_dir / name for name in ("ckpt.pt", "best.pt", "log.csv", "samples") if (out_dir / name).exists()]
     if files:
         number = next(n for n in range(1, 10**6) if not (out_dir / f"earlier_{n}").exists())
         aside = out_dir / f"earlier_{number}"
@@ -116,6 +118,9 @@ def parse_args():
     preset_value(group, "save_every", int, "steps between checkpoints")
     preset_value(group, "sample_every", int, "steps between sample grids")
     preset_value(group, "cfg_scale", float, "guidance of the sample grids, and sample.py's default")
+    preset_value(group, "eval_every", int, "steps between FIDs of samples, 0 for none; the best checkpoint is kept as best.pt")
+    preset_value(group, "eval_images", int, "samples of such a FID")
+    preset_value(group, "eval_features", str, "whose features; codec needs no download", choices=["inception", "codec"])
     group.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too (pip install tensorboard)")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -127,6 +132,8 @@ def parse_args():
             parser.error(f"--{name} must be above 0, got {given[name]}")
     if not 0 < given.get("max_angle", 1) <= (90 if given.get("angle_law") == "uniform" else 89.9):
         parser.error(f"--max_angle must lie between 0 and 90 degrees, got {given['max_angle']:g}")
+    if given.get("eval_every", 0) < 0 or given.get("eval_images", 2) < 2:
+        parser.error("--eval_every must be at least 0 and --eval_images at least 2")
     for name in ("label_dropout", "ema_decay"):
         if not 0 <= given.get(name, 0) < 1:
             parser.error(f"--{name} must be at least 0 and below 1, got {given[name]:g}")
@@ -194,7 +201,8 @@ def main():
     # log
     columns = ["step", "loss", "reconstruction", "consistency", "lr", "grad_norm", "images_per_s"]
     columns += [f"loss_{90 // BINS * i}_{90 // BINS * (i + 1)}" for i in range(BINS)]
-    writer = None
+    columns += [f"fid_{s.eval_images}"] if s.eval_every else []
+    writer, best = None, checkpoint["best"] if checkpoint else math.inf
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
         log = out_dir / "log.csv"
@@ -211,16 +219,25 @@ def main():
               f"{s.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {world} x {device.type}; batch {s.batch_size}; "
               f"steps {step} to {s.max_steps}")
 
-    def save():
+    def save(name="ckpt.pt"):
         state = dict(format=CHECKPOINT_FORMAT, step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                      config=asdict(config), settings=settings, classes=meta["classes"], dataset_name=found["name"], data_dir=args.data_dir,
-                     codec_sha256=meta["codec_sha256"], cache_sha256=meta["sha256"])
-        write_file(out_dir / "ckpt.pt", lambda file: torch.save(state, file))
+                     codec_sha256=meta["codec_sha256"], cache_sha256=meta["sha256"], best=best)
+        write_file(out_dir / name, lambda file: torch.save(state, file))
 
     def sample_grid():
         shown = torch.arange(min(config.num_classes, 10)).repeat(6)
         images = np.concatenate(list(sample_batches(ema, codec, shown, 60, device, dtype=args.dtype, progress=False, cfg_scale=s.cfg_scale)))
         write_png(out_dir / "samples" / f"step_{step:06d}.png", make_grid(images, [meta["classes"][y] for y in shown], min(config.num_classes, 10)))
+
+    if s.eval_every and master:                                    # the reference is measured once, before training
+        extractor = load_extractor(s.eval_features, device, codec=s.codec, codec_file=codec_path(s.codec, found["name"], args.data_dir))
+        reference = load_reference(*find_reference(s.dataset, args.data_dir), codec.image_size, extractor, ["fid"], workers=args.workers)
+
+    def evaluate_ema():
+        labels = torch.arange(s.eval_images) % config.num_classes
+        batches = sample_batches(ema, codec, labels, 100, device, dtype=args.dtype, progress=False, cfg_scale=s.cfg_scale)
+        return evaluate(batches, s.eval_images, extractor, reference, ["fid"])["fid"]
 
     # the loop
     mine = slice(rank * s.batch_size // world, (rank + 1) * s.batch_size // world)
@@ -263,7 +280,8 @@ def main():
             stats[3 + BINS:].index_add_(0, bins, torch.ones_like(angle))
         step += 1
 
-        if step % s.log_every == 0 or step == s.max_steps:
+        evaluating = s.eval_every and step % s.eval_every == 0
+        if step % s.log_every == 0 or step == s.max_steps or evaluating:
             check_finite()
             if world > 1:
                 dist.all_reduce(stats)
@@ -274,10 +292,16 @@ def main():
             if master:
                 left = (s.max_steps - step) * s.batch_size / rate
                 row = [step, *totals.tolist(), lr, grad_norm.item(), rate, *by_bin]
+                if s.eval_every:
+                    row.append(evaluate_ema() if evaluating else math.nan)
                 with open(log, "a", newline="") as file:
                     csv.writer(file).writerow([row[0]] + [f"{x:.6g}" for x in row[1:]])
                 print(f"step {step:6d}/{s.max_steps}  loss {row[1]:.4f}  recon {row[2]:.4f}  cons {row[3]:.4f}  lr {lr:.1e}  grad {row[5]:5.2f}  "
-                      f"{rate:7.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+                      f"{rate:7.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left"
+                      + (f"  {columns[-1]} {row[-1]:.3f}" if evaluating else ""), flush=True)
+                if evaluating and row[-1] < best:
+                    best = row[-1]
+                    save("best.pt")
                 if writer:
                     for name, value in zip(columns[1:], row[1:]):
                         writer.add_scalar(name, value, step)
