@@ -193,7 +193,7 @@ def find_dataset(dataset, data_dir="data"):
     inside = Path(data_dir).resolve()                              # data/flowers12/train is called flowers12-train
     parts = resolved.relative_to(inside).parts if resolved.is_relative_to(inside) else resolved.parts[-2:]
     classes, labels, paths = [], [], []
-    for sub in sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] not in "._"):
+    for sub in sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] not in "._" and not (f / "meta.json").exists()):    # caches
         found = sorted(f for f in sub.rglob("*") if f.suffix.lower() in SUFFIXES and f.name[0] != ".")
         if not found:
             raise ValueError(f"{sub}: holds no images ({' '.join(SUFFIXES)}); add some or remove the folder")

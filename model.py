@@ -110,7 +110,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)             # 3 x (B, H, T, D/H)
-        x = F.scaled_dot_product_attention(self.q_norm(q).to(v), self.k_norm(k).to(v), v)          # (B, H, T, D/H)
+        x = F.scaled_dot_product_attention(self.q_norm(q.float()).to(v), self.k_norm(k.float()).to(v), v)  # (B, H, T, D/H)
         return self.proj(x.transpose(1, 2).flatten(2))                                             # (B, T, D)
 
 
