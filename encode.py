@@ -38,7 +38,7 @@ def run(main):
     try:
         main()
     except OSError as error:
-        full = "; the disk is full, free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        full = "; free some disk space and run the command again (train.py: with --resume)" if error.errno == errno.ENOSPC else ""
         sys.exit(f"error: {f'{error.filename}: {error.strerror}' if error.filename else error}{full}")
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -59,9 +59,9 @@ def write_file(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):             # torch.save reports a full disk as a RuntimeError
+        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):      # how torch.save reports a full disk
             raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]}); "
-                          "what was there before is untouched; free some disk space and run the same command again") from error
+                          "what was there before is untouched; free some disk space and run the command again (train.py: with --resume)") from error
         raise
 
 

@@ -111,7 +111,7 @@ def make_grid(images, captions, columns):
         grid.paste(Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST), (x, y))
         while font.getlength(caption) > tile and len(caption) > 1:
             caption = caption[:-2] + "\N{HORIZONTAL ELLIPSIS}" if len(caption) > 2 else caption[:1]
-        draw.text((x + tile / 2, y + tile + 1), caption, fill="black", font=font, anchor="mt")
+        draw.text((x + tile / 2, y + tile + 1), caption, fill="black", font=font, anchor="ma")
     return grid
 
 

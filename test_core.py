@@ -833,3 +833,18 @@ def test_missing_or_other_weights_are_refused_with_the_place_to_get_them(weights
             call(monkeypatch, capsys, tmp_path / "s.npz", "--ref", tmp_path / "s.npz", *options)
         assert all(words in exit.value.code for words in (fid.WEIGHTS_URL, fid.WEIGHTS_SHA256, str(tmp_path / "checkpoints" / fid.WEIGHTS_NAMES[0])))
         assert Path(options[-1] if options else tmp_path).name in exit.value.code
+
+
+def test_training_logs_the_distance_of_ema_samples_and_keeps_the_best_checkpoint(copied):
+    status, text = train_again(copied, "--max_steps", 8, "--eval_every", 4, "--eval_images", 6, "--eval_features", "codec")
+    assert status == 0 and "fid_6" in text, text
+    values = [float(row[header.index("fid_6")]) for header, row in read_log(copied / "out/again")]
+    best = torch.load(copied / "out/again/best.pt", weights_only=True)
+    assert len(values) == 2 and best["best"] == pytest.approx(min(values), rel=1e-4) and best["step"] == 4 * (1 + values.index(min(values)))
+    assert script("sample.py", "--ckpt", "out/again/best.pt", "--num_images", 2, cwd=copied)[0] == 0
+
+
+def test_training_without_inceptions_weights_says_where_to_get_them_before_it_begins(copied, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(copied))
+    fails_clearly(train_again(copied, "--eval_every", 4), fid.WEIGHTS_URL)
+    assert not (copied / "out/again/ckpt.pt").exists()

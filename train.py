@@ -176,12 +176,24 @@ def main():
         dist.barrier()
     latents, all_labels, meta = open_cache(found, s.codec, args.data_dir)
     usable = np.flatnonzero(all_labels >= 0)
-    codec = load_codec(s.codec, codec_path(s.codec, found["name"], args.data_dir), device) if master else None
     if checkpoint and checkpoint["cache_sha256"] != meta["sha256"]:
         raise ValueError(f"{out_dir / 'ckpt.pt'}: was trained on other latents than {args.data_dir}/{found['name']}/{s.codec} holds now; "
                          "start anew with another --out_dir")
-    if master and not checkpoint:
-        set_aside(out_dir)
+    writer = None
+    if master:                                                     # what may fail comes before anything is written
+        weights = codec_path(s.codec, found["name"], args.data_dir)
+        codec = load_codec(s.codec, weights, device)
+        if s.eval_every:
+            extractor = load_extractor(s.eval_features, device, codec=s.codec, codec_file=weights)
+            reference = load_reference(*find_reference(s.dataset, args.data_dir), codec.image_size, extractor, ["fid"], workers=args.workers)
+        if args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ValueError(f"--tensorboard: that package is missing ({error}); pip install tensorboard") from error
+            writer = SummaryWriter(out_dir / "tensorboard")
+        if not checkpoint:
+            set_aside(out_dir)
 
     # model, its moving average, optimizer
     torch.manual_seed(s.seed)
@@ -202,19 +214,14 @@ def main():
     columns = ["step", "loss", "reconstruction", "consistency", "lr", "grad_norm", "images_per_s"]
     columns += [f"loss_{90 // BINS * i}_{90 // BINS * (i + 1)}" for i in range(BINS)]
     columns += [f"fid_{s.eval_images}"] if s.eval_every else []
-    writer, best = None, checkpoint["best"] if checkpoint else math.inf
+    best = checkpoint["best"] if checkpoint else math.inf
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
         log = out_dir / "log.csv"
         lines = log.read_text().splitlines() if checkpoint and log.is_file() else []
-        lines = [",".join(columns)] + [line for line in lines[1:] if int(line.split(",")[0]) <= step]
+        rows = [line.split(",") for line in lines[1:] if line and int(line.split(",")[0]) <= step]                # none twice
+        lines = [",".join(columns)] + [",".join((row + ["nan"])[:len(columns)]) for row in rows]
         write_file(log, lambda file: file.write(("\n".join(lines) + "\n").encode()))
-        if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError(f"--tensorboard: that package is missing ({error}); pip install tensorboard") from error
-            writer = SummaryWriter(out_dir / "tensorboard")
         print(f"{found['name']}: {len(usable)} images, {config.num_classes} classes, latents {config.tokens}x{config.channels} ({s.codec}); "
               f"{s.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {world} x {device.type}; batch {s.batch_size}; "
               f"steps {step} to {s.max_steps}")
@@ -229,10 +236,6 @@ def main():
         shown = torch.arange(min(config.num_classes, 10)).repeat(6)
         images = np.concatenate(list(sample_batches(ema, codec, shown, 60, device, dtype=args.dtype, progress=False, cfg_scale=s.cfg_scale)))
         write_png(out_dir / "samples" / f"step_{step:06d}.png", make_grid(images, [meta["classes"][y] for y in shown], min(config.num_classes, 10)))
-
-    if s.eval_every and master:                                    # the reference is measured once, before training
-        extractor = load_extractor(s.eval_features, device, codec=s.codec, codec_file=codec_path(s.codec, found["name"], args.data_dir))
-        reference = load_reference(*find_reference(s.dataset, args.data_dir), codec.image_size, extractor, ["fid"], workers=args.workers)
 
     def evaluate_ema():
         labels = torch.arange(s.eval_images) % config.num_classes
