@@ -59,9 +59,10 @@ def write_file(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):      # how torch.save reports a full disk
-            raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]}); "
-                          "what was there before is untouched; free some disk space and run the command again (train.py: with --resume)") from error
+        cause = error if isinstance(error, OSError) else error.__context__         # torch.save wraps what the disk said
+        if isinstance(cause, OSError):
+            raise OSError(f"{path}: could not be written ({cause}); what was there before is untouched; "
+                          "free some disk space and run the command again (train.py: with --resume)") from error
         raise
 
 
@@ -415,7 +416,7 @@ def write_cache(found, codec_name, data_dir="data", device="cpu", batch_size=256
     folder.parent.mkdir(parents=True, exist_ok=True)
     need, free = 2 * int(np.prod(shape)), shutil.disk_usage(folder.parent).free
     if need > free:
-        raise OSError(f"{folder}: the latents need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
+        raise OSError(f"{folder}: the latents need {need / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; "
                       "free some, or point --data_dir at another disk")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
