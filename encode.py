@@ -76,10 +76,13 @@ def sha256(path):
 
 
 def pick_device(name="auto"):
-    """"auto" is cuda, else mps, else cpu."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """"auto" is cuda, else mps, else cpu. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: is not to be had here ({str(error).splitlines()[0]}); use auto or cpu") from error
 
 
 # ------------------------------------------------------------------------------------------- the drawn dataset
@@ -203,8 +206,9 @@ def find_dataset(dataset, data_dir="data"):
         paths += found
     if not paths:
         raise ValueError(f"{folder}: holds no images; expected one sub-folder per class with {' '.join(SUFFIXES)} files in it")
+    name = "-".join(part for part in parts if part.strip("/\\"))
     listing = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in paths)
-    return dict(dataset=dataset, name="-".join(p for p in parts if p.strip("/\\")), classes=classes,
+    return dict(dataset=dataset, name=name if name != "shapes" else "shapes-folder", classes=classes,
                 labels=np.array(labels, np.int64), paths=paths, source=hashlib.sha256(listing.encode()).hexdigest())
 
 

@@ -190,9 +190,10 @@ def main():
     number = args.num_images or (min(len(chosen), 10) if args.filmstrip else min(8 * len(chosen), 96))
     labels = torch.tensor(chosen)[torch.arange(number) % len(chosen)]
     out = Path(args.out or Path(path).parent / f"{'filmstrip' if args.filmstrip else 'grid'}_{args.steps}steps_cfg{cfg_scale:g}_seed{args.seed}.png")
-    if args.filmstrip and out.suffix != ".png":
+    kind = out.suffix.lower()
+    if args.filmstrip and kind != ".png":
         parser.error(f"--filmstrip draws a .png, got --out {args.out}")
-    if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".npy"):
+    if kind in (".jpg", ".jpeg", ".webp", ".npy"):
         parser.error(f"--out is a .png, an .npz or a folder, got {args.out}")
     if extra := [file.name for file in out.glob("*.png") if file.stem.isdecimal() and int(file.stem) >= number]:
         raise ValueError(f"{out}: holds {len(extra)} images of an earlier run ({extra[0]}, ...); remove the folder or choose another --out")
@@ -205,10 +206,10 @@ def main():
         strips = np.concatenate(list(batches), axis=1)                                             # (steps, N, S, S, 3)
         captions = [f"{names[y]}, {step + 1}" for y in labels for step in range(args.steps)]
         write_png(out, make_grid(strips.swapaxes(0, 1).reshape(-1, *strips.shape[2:]), captions, args.steps))
-    elif out.suffix == ".png":
+    elif kind == ".png":
         columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(number))
         write_png(out, make_grid(np.concatenate(list(batches)), [names[y] for y in labels], min(columns, number)))
-    elif out.suffix == ".npz":
+    elif kind == ".npz":
         write_npz(out, batches, labels, codec.image_size)
     else:
         for number, image in enumerate(image for images in batches for image in images):

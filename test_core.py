@@ -572,6 +572,7 @@ def test_sampling_mistakes_end_in_one_clear_line(copied, tmp_path):
     fails_clearly(script("sample.py", "--steps", 0, cwd=copied), "--steps", 0)
     fails_clearly(script("sample.py", "--batch_size", 0, cwd=copied), "--batch_size", 0)
     fails_clearly(script("train.py", "--batch_size", 0, cwd=copied), "--batch_size", 0)
+    fails_clearly(script("sample.py", "--device", "cuda:99", cwd=copied), "cuda:99", "auto or cpu")
     fails_clearly(script("sample.py", "--classes", "unicorn", cwd=copied), "unicorn", "disc, plain")
     (copied / "not.pt").write_bytes(b"hello")
     fails_clearly(script("sample.py", "--ckpt", "not.pt", cwd=copied), "not.pt", "python train.py")
