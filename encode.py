@@ -212,12 +212,12 @@ def find_dataset(dataset, data_dir="data"):
                 labels=np.array(labels, np.int64), paths=paths, source=hashlib.sha256(listing.encode()).hexdigest())
 
 
-def read_images(found, size, batch_size, workers=0, skip_bad=False, limit=None):
+def read_images(found, size, batch_size, workers=0, skip_bad=False):
     """Yield a dataset's images in order: (start, images (B, size, size, 3) uint8, bad), bad being positions left black.
 
     Files are decoded by `workers` processes, a batch ahead. An unreadable file raises ValueError, or with skip_bad is counted.
     """
-    n = len(found["labels"]) if limit is None else min(limit, len(found["labels"]))
+    n = len(found["labels"])
     starts = range(0, n, batch_size)
     if found["paths"] is None:
         images, _ = shapes(n)
@@ -232,7 +232,7 @@ def read_images(found, size, batch_size, workers=0, skip_bad=False, limit=None):
         ahead = pool.map_async(load, found["paths"][:batch_size])
         for start in starts:
             loaded = ahead.get()
-            ahead = pool.map_async(load, found["paths"][start + batch_size:min(n, start + 2 * batch_size)])
+            ahead = pool.map_async(load, found["paths"][start + batch_size:start + 2 * batch_size])
             bad = [i for i, image in enumerate(loaded) if isinstance(image, str)]
             for i in bad:
                 if not skip_bad:
@@ -292,7 +292,7 @@ class SmallCodec(nn.Module):
 
 
 SMALL_CODECS = {"small": 32, "small64": 64}    # name -> image size
-FIT_IMAGES = 60_000                            # a codec is fitted on at most so many
+FIT_IMAGES = 60_000                            # a codec is fitted on so many, or all there are
 
 
 def codec_path(name, dataset_name, data_dir="data"):
@@ -342,8 +342,8 @@ def fit_codec(images, path, image_size, steps=1500, batch_size=128, lr=2e-3, max
         torch.manual_seed(seed)
         codec = SmallCodec(image_size).to(device, memory_format=torch.channels_last)
     order = torch.randperm(len(images), generator=generator)
-    held_out = max(1, len(images) // 20)
-    train, test = torch.from_numpy(images)[order[held_out:]], torch.from_numpy(images)[order[:held_out]]
+    held_out = len(images) // 20
+    train, test = torch.from_numpy(images)[order[held_out:]], torch.from_numpy(images)[order[:held_out or None]]
     optimizer = torch.optim.AdamW(codec.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=min(0.3, 300 / steps))
     bar = tqdm(range(steps), desc=f"fitting {path.name}", unit="step", mininterval=1)
@@ -457,12 +457,14 @@ def write_cache(found, codec_name, data_dir="data", device="cpu", batch_size=256
 
 
 def fit(found, codec_name, data_dir="data", device="cpu", workers=0, skip_bad=False, steps=1500):
-    """Fit a small codec on a dataset (at most FIT_IMAGES of it) and say how well it reconstructs."""
+    """Fit a small codec on a dataset and say how well it reconstructs."""
     size, path = SMALL_CODECS[codec_name], codec_path(codec_name, found["name"], data_dir)
-    chosen = np.random.default_rng(0).permutation(len(found["labels"]))[:FIT_IMAGES]
-    subset = found | dict(labels=found["labels"][chosen], paths=found["paths"] and [found["paths"][i] for i in chosen])
+    chosen = np.random.default_rng(0).permutation(len(found["labels"]))[:FIT_IMAGES] if found["paths"] else np.arange(FIT_IMAGES)
+    subset = dict(labels=chosen, paths=found["paths"] and [found["paths"][i] for i in chosen])
     batches = read_images(subset, size, 256, workers, skip_bad)
     images = np.concatenate([np.delete(batch, bad, axis=0) for _, batch, bad in batches])
+    if not len(images):
+        raise ValueError(f"{found['dataset']}: holds no readable image to fit the codec on")
     psnr = fit_codec(images, path, size, steps, device=device)
     print(f"{path}: codec for {size}x{size} images, reconstructs held-out ones at {psnr:.1f} dB")
 
