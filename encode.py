@@ -478,7 +478,8 @@ def prepare(found, codec_name, data_dir="data", device="cpu", workers=0, skip_ba
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Fit the small codec, or encode a dataset into the latent cache that train.py reads.",
+    parser = argparse.ArgumentParser(usage="python encode.py [flags], see --help",
+                                     description="Fit the small codec, or encode a dataset into the latent cache that train.py reads.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dataset", default="shapes", help="shapes, or a folder with one sub-folder of images per class")
     parser.add_argument("--data_dir", default="data", help="folder that holds datasets and caches")

@@ -539,7 +539,8 @@ def choose_metrics(asked, features, statistics, reference, count):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="FID, sFID, Inception Score, precision and recall of generated images.",
+    parser = argparse.ArgumentParser(usage="python fid.py SAMPLES [flags], see --help",
+                                     description="FID, sFID, Inception Score, precision and recall of generated images.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("samples", help="npz with arr_0 (N, S, S, 3) uint8, or a folder of square images")
     parser.add_argument("--ref", help="ADM's VIRTUAL_*.npz, statistics as pytorch-fid writes them, an npz or folder of images, or a dataset")

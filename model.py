@@ -252,7 +252,7 @@ def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=F
     labels: (B,) int64. steps: calls of the denoiser, at least 1. cfg_scale: 1 turns guidance off; otherwise every step costs two
     forwards (NFE = 2 * steps). noise: (steps, B, T, C), new noise at every step, or (B, T, C), the same at every step; when None it is
     drawn with `generator`, the former, or the latter with same_noise.
-    max_angle: degrees, the first angle to go back by (default: training's). strength: "falling", step k of n goes back by
+    max_angle: degrees, the largest angle to go back by (default: training's, at most 85). strength: "falling", step k of n goes back by
     tan(a) = (1 - k/n) tan(max_angle); "constant", by max_angle every time.
     cfg_mode: see `guide`. project_last: put the last output on the sphere. pixel_loop: a codec; decode and encode again between
     the steps, as Sphere Encoder does, to see what staying in latent space saves.
@@ -261,7 +261,7 @@ def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=F
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     config, device = model.config, labels.device
-    limit = math.radians(config.max_angle if max_angle is None else max_angle)
+    limit = math.radians(min(config.max_angle, 85.0) if max_angle is None else max_angle)          # tan(90) has no fractions
     if noise is None:
         shape = (1 if same_noise else steps, len(labels), config.tokens, config.channels)
         noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)

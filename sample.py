@@ -151,7 +151,8 @@ def choose_classes(names, classes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw images in a few steps from a trained denoiser.",
+    parser = argparse.ArgumentParser(usage="python sample.py [flags], see --help",
+                                     description="Draw images in a few steps from a trained denoiser.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_argument_group("what to draw")
     what.add_argument("--ckpt", help="checkpoint; default: the newest ckpt.pt under out/")

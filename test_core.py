@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -582,6 +583,18 @@ def test_sampling_mistakes_end_in_one_clear_line(copied, tmp_path):
     (out / "ckpt.pt").write_bytes(whole[:len(whole) // 2])
     fails_clearly(script("sample.py", cwd=copied), out.name, "python train.py")
     fails_clearly(script("train.py", "--dataset", "photos", "--resume", cwd=copied), out.name)
+
+
+# ------------------------------------------------------------------------------------------- README.md
+
+
+def test_readme_names_only_flags_and_files_that_exist():
+    text = (HERE / "README.md").read_text()
+    scripts = "".join((HERE / name).read_text() for name in ("encode.py", "train.py", "sample.py", "fid.py"))
+    flags = set(re.findall(r"(?<![\w-])--[a-z]\w+", text)) - {"--nproc_per_node"}
+    assert len(flags) > 15 and [flag for flag in flags if f'"{flag}"' not in scripts] == []
+    files = re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(r"python (\w+\.py)", text)
+    assert len(files) > 6 and [name for name in files if not (HERE / name).is_file()] == []
 
 
 # ------------------------------------------------------------------------------------------- fid.py

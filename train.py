@@ -79,7 +79,8 @@ def set_aside(out_dir):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Train the denoiser on cached latents. Defaults marked (preset) come from SETTINGS in "
+    parser = argparse.ArgumentParser(usage="python train.py [flags], see --help",
+                                     description="Train the denoiser on cached latents. Defaults marked (preset) come from SETTINGS in "
                                      "train.py; with --resume, from the checkpoint.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def preset_value(group, name, kind, text, **more):
