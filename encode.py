@@ -2,7 +2,7 @@
 
     python encode.py --dataset shapes                            # draw ten shapes, encode them, cache the latents
     python encode.py --dataset data/flowers12/train              # your own folder: one sub-folder per class
-    python encode.py --fit --dataset shapes --fit_steps 12000    # fit the codec anew (how assets/small_shapes.pt was made)
+    python encode.py --fit --dataset shapes --fit_steps 9000     # fit the codec anew (how assets/small_shapes.pt was made)
 
 train.py does the first two by itself when the cache is missing.
 
@@ -61,8 +61,7 @@ def write_file(path, write):
         temporary.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__         # torch.save wraps what the disk said
         if isinstance(cause, OSError):
-            raise OSError(f"{path}: could not be written ({cause}); what was there before is untouched; "
-                          "free some disk space and run the command again (train.py: with --resume)") from error
+            raise OSError(cause.errno, f"{cause.strerror or cause}; what was there before is untouched", str(path)) from error
         raise
 
 

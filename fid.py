@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from encode import (SMALL_CODECS, SUFFIXES, center_crop, codec_path, find_dataset, load_codec, pick_device, read_images, run, sha256, to_float,
                     write_file)
+from sample import write_npz
 
 METRICS = {"fid": "FID", "sfid": "sFID", "is": "Inception Score", "precision": "precision", "recall": "recall"}
 KEPT_SAMPLES, KEPT_REFERENCES = 50_000, 10_000      # features kept for precision and recall, as many as ADM's evaluator compares
@@ -510,17 +511,8 @@ def save_statistics(path, reference, found, size, batch_size, workers):
     else:
         batches = (batch[np.isin(np.arange(i * batch_size, i * batch_size + len(batch)), chosen)]
                    for i, batch in enumerate(read_batches(found, size, batch_size, workers)))
-
-    def write(file):
-        with zipfile.ZipFile(file, "w") as archive:
-            for name in ("mu", "sigma", "mu_s", "sigma_s"):
-                with archive.open(f"{name}.npy", "w") as member:
-                    np.lib.format.write_array(member, reference[name])
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, dict(descr="|u1", fortran_order=False, shape=(len(chosen), size, size, 3)))
-                for batch in tqdm(batches, desc=Path(path).name, unit="batch"):
-                    member.write(batch.tobytes())
-    write_file(path, write)
+    arrays = {name: reference[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    write_npz(path, tqdm(batches, desc=Path(path).name, unit="batch"), len(chosen), size, **arrays)
 
 
 def choose_metrics(asked, features, statistics, reference, count):

@@ -120,17 +120,18 @@ def write_png(path, image):
     write_file(path, partial(image.save, format="PNG"))
 
 
-def write_npz(path, batches, labels, image_size):
-    """Write arr_0 (N, S, S, 3) uint8 and arr_1 (N,) int64 as np.savez does, image by batch, so that memory stays small."""
+def write_npz(path, batches, count, image_size, **arrays):
+    """Write arr_0 (count, S, S, 3) uint8 from batches of images, and other arrays, as np.savez does, but without holding all images."""
     def write(file):
         with zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(
-                    member, dict(descr="|u1", fortran_order=False, shape=(len(labels), image_size, image_size, 3)))
+                    member, dict(descr="|u1", fortran_order=False, shape=(count, image_size, image_size, 3)))
                 for images in batches:
                     member.write(images.tobytes())
-            with archive.open("arr_1.npy", "w") as member:
-                np.lib.format.write_array(member, labels.numpy())
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, array)
     write_file(path, write)
 
 
@@ -211,7 +212,7 @@ def main():
         columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(number))
         write_png(out, make_grid(np.concatenate(list(batches)), [names[y] for y in labels], min(columns, number)))
     elif kind == ".npz":
-        write_npz(out, batches, labels, codec.image_size)
+        write_npz(out, batches, number, codec.image_size, arr_1=labels.numpy())
     else:
         for number, image in enumerate(image for images in batches for image in images):
             write_png(out / f"{number:06d}.png", Image.fromarray(image))

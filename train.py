@@ -31,7 +31,7 @@ from model import ANGLE_LAWS, CONSISTENCY_TARGETS, PRESETS, SPHERES, Denoiser, M
 from sample import CHECKPOINT_FORMAT, autocast, load_checkpoint, make_grid, sample_batches, write_png
 
 # What a run is made of, by preset. A flag of the same name overrides one value; all are stored in the checkpoint.
-COMMON = dict(dataset="shapes", codec="small", seed=0, weight_decay=0.01, grad_clip=1.0, label_dropout=0.1, sphere="global",
+COMMON = dict(preset="tiny", dataset="shapes", codec="small", seed=0, weight_decay=0.01, grad_clip=1.0, label_dropout=0.1, sphere="global",
               angle_law="logit_normal", angle_mean=0.0, angle_std=1.0, consistency_weight=0.1, consistency_target="stop", weak_weight=0.0,
               eval_every=0, eval_images=2000, eval_features="inception")
 SETTINGS = {
@@ -128,7 +128,7 @@ def parse_args():
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda, else float32")
     args = parser.parse_args()
-    given = {name: value for name, value in vars(args).items() if name in SETTINGS["tiny"] or name == "preset"}
+    given = {name: value for name, value in vars(args).items() if name in SETTINGS["tiny"]}
     for name in ("batch_size", "max_steps", "warmup", "log_every", "save_every", "sample_every", "lr", "grad_clip"):
         if given.get(name, 1) <= 0:
             parser.error(f"--{name} must be above 0, got {given[name]}")
@@ -156,8 +156,9 @@ def main():
     master = rank == 0
 
     # settings: the preset's, or the checkpoint's, then the command line's
-    settings, checkpoint = SETTINGS[given.get("preset", "tiny")] | dict(preset="tiny") | given, None
-    out_dir = Path(args.out_dir or Path("out") / find_dataset(settings["dataset"], args.data_dir)["name"])
+    settings, checkpoint = SETTINGS[given.get("preset", COMMON["preset"])] | given, None
+    found = None if args.out_dir else find_dataset(settings["dataset"], args.data_dir)
+    out_dir = Path(args.out_dir or Path("out") / found["name"])
     if args.resume:
         checkpoint = load_checkpoint(out_dir / "ckpt.pt")
         settings = checkpoint["settings"] | given
@@ -171,7 +172,7 @@ def main():
         raise ValueError(f"--batch_size {s.batch_size} cannot be shared by {world} processes; use a multiple of {world}")
 
     # data: labels and a memory map of latents
-    found = find_dataset(s.dataset, args.data_dir)
+    found = found or find_dataset(s.dataset, args.data_dir)
     if master:
         prepare(found, s.codec, args.data_dir, device, args.workers, args.skip_bad)
     if world > 1:
@@ -221,7 +222,7 @@ def main():
         out_dir.mkdir(parents=True, exist_ok=True)
         log = out_dir / "log.csv"
         lines = log.read_text().splitlines() if checkpoint and log.is_file() else []
-        rows = [line.split(",") for line in lines[1:] if line and int(line.split(",")[0]) <= step]                # none twice
+        rows = [row for row in csv.reader(lines[1:]) if len(row) == len(lines[0].split(",")) and int(row[0]) <= step]    # whole, none twice
         lines = [",".join(columns)] + [",".join((row + ["nan"])[:len(columns)]) for row in rows]
         write_file(log, lambda file: file.write(("\n".join(lines) + "\n").encode()))
         print(f"{found['name']}: {len(usable)} images, {config.num_classes} classes, latents {config.tokens}x{config.channels} ({s.codec}); "
