@@ -1,34 +1,56 @@
-"""Images to latents, once: the datasets, the small frozen autoencoder ("codec"), and the latent cache that train.py reads.
+"""Images to latents, once: the datasets, the frozen autoencoders ("codecs"), and the latent cache that train.py reads.
 
     python encode.py --dataset shapes                            # draw ten shapes, encode them, cache the latents
+    python encode.py --dataset flowers                           # download Oxford Flowers, encode them with the RAE
+    torchrun --nproc_per_node=8 encode.py --dataset imagenet     # several devices; killed, it goes on where it stopped
     python encode.py --dataset data/flowers12/train              # your own folder: one sub-folder per class
-    python encode.py --fit --dataset shapes --fit_steps 9000     # fit the codec anew (how assets/small_shapes.pt was made)
+    python encode.py --reconstruct photo.jpg --codec rae         # originals beside reconstructions, and their PSNR
+    python encode.py --fit --dataset shapes --fit_steps 9000     # fit the small codec anew (how assets/small_shapes.pt was made)
 
-train.py does the first two by itself when the cache is missing.
+train.py does the first four by itself when the cache is missing.
 
-The small codec is a representation autoencoder in miniature: a convolutional encoder whose latents lie on the sphere, and
-a decoder trained on latents rotated away from the truth, so that it forgives the denoiser's small mistakes (RAE does that
-with added noise). Shapes: B images, S image size, T = (S/8)^2 tokens, C latent channels.
+A codec has encode: images (B, 3, S, S) in [0, 1] -> latents (B, T, C), decode: back again, image_size and latent_shape. There are two:
+the RAE, a frozen DINOv2 with a ViT decoder trained to see what DINOv2 saw (`RAE`), and a small one that needs no download
+(`SmallCodec`). Shapes: B images, S image size, T tokens, C latent channels, D width, H heads.
 """
 import argparse
+import contextlib
 import errno
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import scipy.io
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from model import rotate, to_sphere
+
+try:
+    import fcntl
+except ImportError:                                                # Windows: two encoders on one cache are not kept apart
+    fcntl = None
 
 # ------------------------------------------------------------------------------------------- for every script
 
@@ -65,9 +87,9 @@ def write_file(path, write):
         raise
 
 
-def sha256(path):
+def checksum(path, kind="sha256"):
     """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
+    digest = hashlib.new(kind)
     with open(path, "rb") as file:
         while piece := file.read(1 << 24):
             digest.update(piece)
@@ -82,6 +104,32 @@ def pick_device(name="auto"):
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: is not to be had here ({str(error).splitlines()[0]}); use auto or cpu") from error
+
+
+def autocast(device, dtype="auto"):
+    """bf16 autocast on CUDA, plain float32 elsewhere (on CPUs bf16 is slower for small models), or as dtype says."""
+    if dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def join(device):
+    """Join the other processes if torchrun started several. Returns (rank, number of processes, this one's torch.device)."""
+    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():                    # the others wait long while rank 0 downloads
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    return rank, world, device
+
+
+def first(work):
+    """Let rank 0 do what must be done once; the others wait."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        work()
+    if dist.is_initialized():
+        dist.barrier()
 
 
 # ------------------------------------------------------------------------------------------- the drawn dataset
@@ -180,58 +228,169 @@ def try_load_image(path, size):
         return str(error)
 
 
-def find_dataset(dataset, data_dir="data"):
-    """Look a dataset up without reading its images: "shapes", a folder with one sub-folder per class, or such a folder in data_dir.
+# What can be downloaded: addresses, and md5 sums where they are known.
+DOWNLOADS = {
+    "flowers": [("https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa"),
+                ("https://www.robots.ox.ac.uk/~vgg/data/flowers/102/imagelabels.mat", "e0620be6f572b9609742df49c70aed4d")],
+    "afhq": [("https://www.dropbox.com/s/t9l9o3vsx2jai3z/afhq.zip?dl=1", None)],
+}
+PUBLISHED = {"flowers": 8189, "afhq": 14_630, "imagenet": 1_281_167}    # images; of afhq and imagenet the training part
+FLOWERS = """pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon orchid, bird of paradise,
+    monkshood, globe thistle, snapdragon, colt's foot, king protea, spear thistle, yellow iris, globe-flower, purple coneflower,
+    peruvian lily, balloon flower, giant white arum lily, fire lily, pincushion flower, fritillary, red ginger, grape hyacinth, corn poppy,
+    prince of wales feathers, stemless gentian, artichoke, sweet william, carnation, garden phlox, love in the mist, mexican aster,
+    alpine sea holly, ruby-lipped cattleya, cape flower, great masterwort, siam tulip, lenten rose, barbeton daisy, daffodil, sword lily,
+    poinsettia, bolero deep blue, wallflower, marigold, buttercup, oxeye daisy, common dandelion, petunia, wild pansy, primula, sunflower,
+    pelargonium, bishop of llandaff, gaura, geranium, orange dahlia, pink-yellow dahlia, cautleya spicata, japanese anemone,
+    black-eyed susan, silverbush, californian poppy, osteospermum, spring crocus, bearded iris, windflower, tree poppy, gazania, azalea,
+    water lily, rose, thorn apple, morning glory, passion flower, lotus, toad lily, anthurium, frangipani, clematis, hibiscus, columbine,
+    desert-rose, tree mallow, magnolia, cyclamen, watercress, canna lily, hippeastrum, bee balm, ball moss, foxglove, bougainvillea, camellia,
+    mallow, mexican petunia, bromelia, blanket flower, trumpet creeper, blackberry lily""".replace("\n   ", "").split(", ")                # the labels 1 to 102
 
-    Returns a dict: name (of its place under data_dir and out/), classes, labels (N,) int64, paths (N, or None for shapes) and
-    source, a digest of the file names and sizes. Raises FileNotFoundError or ValueError with what is missing.
+
+def download(url, path, md5=None):
+    """Fetch url to path, going on where an earlier try broke off. Raises OSError or ValueError that says what to do."""
+    part = path.with_name(path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    done = part.stat().st_size if part.is_file() else 0
+    by_hand = f"run the command again to go on, or get {url} by hand and put it at {path}"
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"} | ({"Range": f"bytes={done}-"} if done else {}))
+        with urllib.request.urlopen(request, timeout=60) as answer, open(part, "ab" if answer.status == 206 else "wb") as file:
+            length = answer.headers.get("Content-Length")
+            total = file.tell() + int(length) if length else None
+            with tqdm(total=total, initial=file.tell(), desc=path.name, unit="B", unit_scale=True) as bar:
+                while piece := answer.read(1 << 20):
+                    bar.update(file.write(piece))
+            if total and file.tell() != total:
+                raise ConnectionError(f"the connection broke off after {file.tell():,} of {total:,} bytes")
+    except OSError as error:                                       # urllib's errors are OSErrors, too
+        if getattr(error, "code", None) != 416:                    # 416: nothing is left to be sent
+            if error.errno == errno.ENOSPC:
+                raise OSError(error.errno, error.strerror, str(part)) from error
+            raise OSError(f"{path}: cannot be downloaded ({error}); {by_hand}") from error
+    if md5 and (found := checksum(part, "md5")) != md5:
+        part.unlink()
+        raise ValueError(f"{path}: what came has the md5 sum {found}, not {md5}; {by_hand.replace('to go on', 'to try anew')}")
+    os.replace(part, path)
+
+
+def unpack(archive, folder, inner):
+    """Unpack a .tgz or .zip so that `inner`, a folder somewhere in it, and what lies beside it come to lie in `folder`."""
+    temporary = folder / ".unpacked.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(temporary)                         # drops leading slashes and ..
+        else:
+            with tarfile.open(archive) as file:
+                file.extractall(temporary, filter="data")          # refuses what would land outside
+    except Exception as error:                                     # tarfile, zipfile, gzip and zlib raise many kinds
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(f"{archive}: cannot be unpacked ({error}); delete it and run the command again to fetch it anew") from error
+    home = next((Path(place) for place, folders, _ in os.walk(temporary) if inner in folders), None)
+    if home is None:
+        shutil.rmtree(temporary)
+        raise ValueError(f"{archive}: holds no folder called {inner}, so it is another archive; delete it and run the command again")
+    for part in sorted(home.iterdir(), key=lambda part: part.name == inner):    # `inner` last: once there, all is there
+        shutil.rmtree(folder / part.name, ignore_errors=True)
+        part.rename(folder / part.name)
+    shutil.rmtree(temporary)
+
+
+def obtain(dataset, folder):
+    """Download and unpack one of DOWNLOADS into its folder, as far as that has not been done."""
+    inner = {"flowers": "jpg", "afhq": "train"}[dataset]
+    for url, md5 in DOWNLOADS[dataset]:
+        path = folder / url.split("/")[-1].split("?")[0]
+        packed = path.suffix in (".tgz", ".zip")
+        if packed and (folder / inner).is_dir():
+            continue
+        if not path.is_file():
+            download(url, path, md5)
+        if packed:
+            print(f"unpacking {path}", flush=True)
+            unpack(path, folder, inner)
+
+
+def find_dataset(dataset, data_dir="data"):
+    """Look a dataset up without reading its images: "shapes", "flowers" and "afhq" (downloaded if need be), "imagenet" (under data_dir),
+    a folder with one sub-folder per class, or such a folder in data_dir.
+
+    Returns a dict: name (of its place under data_dir and out/), classes, labels (N,) int64, paths (N strings, or None for shapes) and
+    source, a digest of the file names and sizes. Raises OSError or ValueError with what is missing.
     """
     if dataset == "shapes":
         labels = np.arange(SHAPES_COUNT) % len(SHAPES)
         return dict(dataset=dataset, name=dataset, classes=list(SHAPES), labels=labels, paths=None, source=f"drawn {SHAPES_COUNT}")
-    folder = next((f for f in (Path(dataset), Path(data_dir) / dataset) if f.is_dir()), None)
-    if folder is None:
-        raise FileNotFoundError(f"{dataset}: no such dataset; give `shapes` or a folder with one sub-folder of images per class")
-    resolved = folder.resolve()
-    inside = Path(data_dir).resolve()                              # data/flowers12/train is called flowers12-train
-    parts = resolved.relative_to(inside).parts if resolved.is_relative_to(inside) else resolved.parts[-2:]
-    classes, labels, paths = [], [], []
-    for sub in sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] not in "._" and not (f / "meta.json").exists()):    # caches
-        found = sorted(f for f in sub.rglob("*") if f.suffix.lower() in SUFFIXES and f.name[0] != ".")
-        if not found:
-            raise ValueError(f"{sub}: holds no images ({' '.join(SUFFIXES)}); add some or remove the folder")
-        labels += [len(classes)] * len(found)
-        classes.append(sub.name)
-        paths += found
+    folder = Path(data_dir) / dataset
+    if dataset in DOWNLOADS:
+        first(lambda: obtain(dataset, folder))
+    if dataset == "flowers":
+        paths = sorted(str(path) for path in (folder / "jpg").glob("*.jpg"))
+        try:
+            numbers = scipy.io.loadmat(folder / "imagelabels.mat")["labels"].ravel().astype(np.int64)      # 1 to 102
+            chosen, labels = np.unique(numbers, return_inverse=True)
+            classes = [FLOWERS[number - 1] for number in chosen]
+        except Exception as error:                                 # scipy raises many kinds on a broken file
+            raise ValueError(f"{folder / 'imagelabels.mat'}: cannot be read as Oxford's labels ({error}); "
+                             "delete it and run the command again to fetch it anew") from error
+        if len(labels) != len(paths):
+            raise ValueError(f"{folder / 'imagelabels.mat'}: has {len(labels)} labels for the {len(paths)} images in {folder / 'jpg'}; "
+                             "delete both and run the command again to fetch them anew")
+        name = dataset
+    else:
+        candidates = [folder / "train", folder] if dataset in PUBLISHED else [Path(dataset), folder]
+        root = next((f for f in candidates if f.is_dir()), None)
+        if dataset == "imagenet" and root is None:
+            raise FileNotFoundError(f"{folder}: ImageNet is not there; get ILSVRC2012_img_train.tar from https://image-net.org, unpack it to one "
+                                    f"sub-folder per class (n01440764, ...), and link that: ln -s /path/to/train {folder}")
+        if root is None:
+            raise FileNotFoundError(f"{dataset}: no such dataset; give shapes, flowers, afhq, imagenet, or a folder with one sub-folder of images per class")
+        resolved = root.resolve()
+        inside = Path(data_dir).resolve()                          # data/flowers12/train is called flowers12-train
+        parts = resolved.relative_to(inside).parts if resolved.is_relative_to(inside) else resolved.parts[-2:]
+        name = dataset if dataset in PUBLISHED else "-".join(part for part in parts if part.strip("/\\"))
+        name = f"{name}-folder" if name == "shapes" else name
+        classes, labels, paths, folder = [], [], [], root
+        for sub in sorted(f for f in root.iterdir() if f.is_dir() and f.name[0] not in "._" and not (f / "meta.json").exists()):    # caches
+            found = sorted(os.path.join(place, file) for place, _, files in os.walk(sub) for file in files
+                           if file.lower().endswith(SUFFIXES) and file[0] != ".")
+            if not found:
+                raise ValueError(f"{sub}: holds no images ({' '.join(SUFFIXES)}); add some or remove the folder")
+            labels += [len(classes)] * len(found)
+            classes.append(sub.name)
+            paths += found
     if not paths:
         raise ValueError(f"{folder}: holds no images; expected one sub-folder per class with {' '.join(SUFFIXES)} files in it")
-    name = "-".join(part for part in parts if part.strip("/\\"))
-    listing = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in paths)
-    return dict(dataset=dataset, name=name if name != "shapes" else "shapes-folder", classes=classes,
-                labels=np.array(labels, np.int64), paths=paths, source=hashlib.sha256(listing.encode()).hexdigest())
+    listing = "\n".join(f"{os.path.relpath(path, folder)} {os.path.getsize(path)} {label}" for path, label in zip(paths, labels))
+    return dict(dataset=dataset, name=name, classes=classes, labels=np.array(labels, np.int64), paths=paths,
+                source=hashlib.sha256(listing.encode()).hexdigest())
 
 
-def read_images(found, size, batch_size, workers=0, skip_bad=False):
+def read_images(found, size, batch_size, workers=0, skip_bad=False, starts=None):
     """Yield a dataset's images in order: (start, images (B, size, size, 3) uint8, bad), bad being positions left black.
 
-    Files are decoded by `workers` processes, a batch ahead. An unreadable file raises ValueError, or with skip_bad is counted.
+    Files are decoded by `workers` processes, a batch ahead. starts: which batches, by their first image (default: all).
+    An unreadable file raises ValueError, or with skip_bad is named and left black.
     """
-    n = len(found["labels"])
-    starts = range(0, n, batch_size)
+    starts = list(range(0, len(found["labels"]), batch_size) if starts is None else starts)
     if found["paths"] is None:
-        images, _ = shapes(n)
+        images, _ = shapes(len(found["labels"]))
         for start in starts:
             batch = images[start:start + batch_size]
             if size != 32:
                 batch = np.stack([np.asarray(center_crop(Image.fromarray(x), size)) for x in batch])
             yield start, batch, []
         return
-    load = partial(try_load_image, size=size)
     with multiprocessing.Pool(max(1, workers), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        ahead = pool.map_async(load, found["paths"][:batch_size])
-        for start in starts:
-            loaded = ahead.get()
-            ahead = pool.map_async(load, found["paths"][start + batch_size:start + 2 * batch_size])
+        ask = lambda starts: pool.map_async(partial(try_load_image, size=size), found["paths"][starts[0]:starts[0] + batch_size]) if starts else None
+        ahead = ask(starts)
+        for number, start in enumerate(starts):
+            loaded, ahead = ahead.get(), ask(starts[number + 1:number + 2])
             bad = [i for i, image in enumerate(loaded) if isinstance(image, str)]
             for i in bad:
                 if not skip_bad:
@@ -239,6 +398,141 @@ def read_images(found, size, batch_size, workers=0, skip_bad=False):
                 tqdm.write(f"skipped {loaded[i].removesuffix('; mend or delete it, or pass --skip_bad')}", file=sys.stderr)
                 loaded[i] = np.zeros((size, size, 3), np.uint8)
             yield start, np.stack(loaded), bad
+
+
+# ------------------------------------------------------------------------------------------- the representation autoencoder
+
+
+class DecoderLayer(nn.Module):
+    """A pre-norm transformer layer under the published names: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, hidden, heads, mlp):
+        super().__init__()
+        self.heads = heads
+        self.attention = nn.ModuleDict(dict(
+            attention=nn.ModuleDict({name: nn.Linear(hidden, hidden) for name in ("query", "key", "value")}),
+            output=nn.ModuleDict(dict(dense=nn.Linear(hidden, hidden)))))
+        self.intermediate = nn.ModuleDict(dict(dense=nn.Linear(hidden, mlp)))
+        self.output = nn.ModuleDict(dict(dense=nn.Linear(mlp, hidden)))
+        self.layernorm_before = nn.LayerNorm(hidden, eps=1e-12)
+        self.layernorm_after = nn.LayerNorm(hidden, eps=1e-12)
+
+    def forward(self, x):
+        normed = self.layernorm_before(x)
+        q, k, v = (self.attention.attention[name](normed).unflatten(2, (self.heads, -1)).transpose(1, 2) for name in ("query", "key", "value"))
+        x = x + self.attention.output.dense(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))    # (B, 1 + T, D)
+        return x + self.output.dense(F.gelu(self.intermediate.dense(self.layernorm_after(x))))
+
+
+class ViTDecoder(nn.Module):
+    """RAE's decoder, a ViT as in MAE: tokens, a class token before them, learned positions, and a patch of pixels out of each token.
+
+    Its state dict has the published names. hidden: width. patch: pixels. grid: tokens a side.
+    Source: Diffusion Transformers with Representation Autoencoders, arXiv 2510.11690; the published ViT-XL.
+    """
+
+    def __init__(self, hidden=1152, depth=28, heads=16, mlp=4096, latent_dim=768, patch=16, grid=16):
+        super().__init__()
+        self.patch, self.grid = patch, grid
+        self.decoder_embed = nn.Linear(latent_dim, hidden)
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, hidden))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, grid * grid + 1, hidden))    # trained, so never recomputed
+        self.decoder_layers = nn.ModuleList(DecoderLayer(hidden, heads, mlp) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(hidden, eps=1e-12)
+        self.decoder_pred = nn.Linear(hidden, patch * patch * 3)
+
+    def forward(self, tokens):
+        """(B, grid * grid, latent_dim), not normalised -> (B, 3, S, S) in ImageNet-normalised space, S = grid * patch."""
+        if tokens.shape[1] != self.grid ** 2:
+            raise ValueError(f"the decoder takes {self.grid ** 2} tokens, got {tokens.shape[1]}")
+        x = torch.cat([self.trainable_cls_token.expand(len(tokens), -1, -1), self.decoder_embed(tokens)], dim=1)
+        x = x + self.decoder_pos_embed                                                             # (B, 1 + T, D)
+        for layer in self.decoder_layers:
+            x = layer(x)
+        x = self.decoder_pred(self.decoder_norm(x))[:, 1:]                                         # (B, T, P * P * 3), colour last
+        x = x.unflatten(2, (self.patch, self.patch, 3)).unflatten(1, (self.grid, self.grid))       # (B, gy, gx, py, px, 3)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                                # (B, 3, S, S)
+
+
+RAES = {    # codec -> DINOv2's letter, latent channels C, the collection's folder, first digits of the decoder's and statistics' sha256 if known
+    "rae": ("b", 768, "wReg_base", "-5fedf7c9", "-84ede66d"),
+    "rae-small": ("s", 384, "wReg_small", "", ""),
+    "rae-large": ("l", 1024, "wReg_large", "", ""),
+}
+COLLECTION = "https://huggingface.co/nyu-visionx/RAE-collections/resolve/main"
+
+
+class RAE(nn.Module):
+    """The paper's frozen autoencoder: DINOv2 with registers at 224 pixels, its tokens normalised place by place, and a ViT-XL decoder.
+
+    Published weights, fetched by torch.hub into torch.hub.get_dir() or found there. name: a key of RAES. decoder: False leaves the
+    decoder out. Raises OSError that lists what is missing, with address and place, or ValueError that names a damaged file.
+    Source: RAE, arXiv 2510.11690; DINOv2, arXiv 2304.07193; registers, arXiv 2309.16588.
+    """
+    image_size = 256
+
+    def __init__(self, name="rae", decoder=True):
+        super().__init__()
+        letter, channels, folder, decoder_hash, stat_hash = RAES[name]
+        self.latent_shape = (256, channels)                        # (T, C)
+        hub = Path(torch.hub.get_dir())
+        entry = f"dinov2_vit{letter}14_reg"
+        files = {what: (url, hub / "checkpoints" / file) for what, url, file in (
+            ("encoder", f"https://dl.fbaipublicfiles.com/dinov2/{entry.removesuffix('_reg')}/{entry}4_pretrain.pth", f"{entry}4_pretrain.pth"),
+            ("statistics", f"{COLLECTION}/stats/dinov2/{folder}/imagenet1k/stat.pt", f"rae-{folder}-stat{stat_hash}.pt"),
+            ("decoder", f"{COLLECTION}/decoders/dinov2/{folder}/ViTXL_n08/model.pt", f"rae-{folder}-decoder{decoder_hash}.pt"))}
+        files = {"code": ("https://github.com/facebookresearch/dinov2/archive/refs/heads/main.zip, unpacked",
+                          hub / "facebookresearch_dinov2_main")} | files
+        os.environ.setdefault("XFORMERS_DISABLED", "1")            # one attention everywhere
+        os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")    # DINOv2's own code would unpickle anything
+
+        def fetch(what):
+            url, path = files[what]
+            return torch.hub.load_state_dict_from_url(url, file_name=path.name, map_location="cpu", check_hash=True, weights_only=True)
+
+        try:
+            at = "code" if not files["code"][1].is_dir() else "encoder"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                    # xFormers is not available
+                self.encoder = torch.hub.load("facebookresearch/dinov2:main", entry, skip_validation=True, verbose=False)
+            # RAE drops the last norm's weights: every token has mean 0 and variance 1
+            self.encoder.norm = nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
+            at = "statistics"
+            stat = fetch(at)
+            tokens = lambda x: x.float().reshape(channels, 256).T.contiguous()                     # (C, 16, 16) -> (T, C)
+            mean = stat.get("mean")                                # None for DINOv2-B: only the variance is published
+            self.register_buffer("mean", torch.zeros(256, channels) if mean is None else tokens(mean))
+            self.register_buffer("std", (tokens(stat["var"]) + 1e-5).sqrt())
+            at = "decoder"
+            if decoder:
+                with torch.device("meta"):
+                    self.decoder = ViTDecoder(latent_dim=channels)
+                self.decoder.load_state_dict(fetch(at), assign=True)
+        except Exception as error:                                 # urllib, zipfile, pickle, torch.load, load_state_dict: many kinds
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise OSError(error.errno, error.strerror, str(hub)) from error
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            missing = [f"{url} -> {path}" for url, path in files.values() if not path.exists()]
+            if missing and not files[at][1].exists():
+                raise FileNotFoundError(f"{name}: weights are missing and could not be fetched ({reason}); get them by hand, or set TORCH_HOME or "
+                                        f"--weights_dir to where they are: {'; '.join(missing)}") from error
+            url, path = files[at]
+            raise ValueError(f"{path}: is damaged or another file ({reason}); delete it and run the command again, or get it by hand: {url}") from error
+        self.register_buffer("pixel_mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def encode(self, images):
+        """(B, 3, 256, 256) in [0, 1] -> (B, 256, C) float32, normalised place by place."""
+        x = images.float()
+        if x.shape[-1] != 224:
+            x = F.interpolate(x, size=(224, 224), mode="bicubic", align_corners=False)    # without antialias, as RAE was trained
+        x = self.encoder.forward_features((x - self.pixel_mean) / self.pixel_std)["x_norm_patchtokens"]
+        return (x.float() - self.mean) / self.std
+
+    def decode(self, z):
+        """(B, 256, C) -> (B, 3, 256, 256) in [0, 1]."""
+        x = self.decoder(z.float() * self.std + self.mean)
+        return (x.float() * self.pixel_std + self.pixel_mean).clamp(0, 1)
 
 
 # ------------------------------------------------------------------------------------------- the small codec
@@ -291,23 +585,34 @@ class SmallCodec(nn.Module):
 
 
 SMALL_CODECS = {"small": 32, "small64": 64}    # name -> image size
-FIT_IMAGES = 60_000                            # a codec is fitted on so many, or all there are
+CODECS = (*SMALL_CODECS, *RAES)
+FIT_IMAGES = 60_000                            # a small codec is fitted on so many, or all there are
+
+
+def default_codec(dataset):
+    """The RAE for the real datasets, the small codec for shapes and for folders."""
+    return "rae" if dataset in PUBLISHED else "small"
 
 
 def codec_path(name, dataset_name, data_dir="data"):
-    """Where a small codec's weights lie: shipped for shapes, else beside the dataset's caches."""
+    """Where a small codec's weights lie: shipped for shapes, else beside the dataset's caches. None for the RAE, which torch.hub keeps."""
+    if name in RAES:
+        return None
     if (name, dataset_name) == ("small", "shapes"):
         return Path(__file__).parent / "assets" / "small_shapes.pt"
     return Path(data_dir) / dataset_name / f"{name}.pt"
 
 
-def load_codec(name, path=None, device="cpu"):
+def load_codec(name, path=None, device="cpu", decoder=True):
     """Return a frozen codec by name, in eval mode: encode, decode, image_size, latent_shape.
 
-    name: a key of SMALL_CODECS. path: its weights (default: those shipped for shapes). Raises FileNotFoundError or ValueError.
+    name: one of CODECS. path: a small codec's weights (default: those shipped for shapes). decoder: whether the RAE's is needed.
+    Raises OSError or ValueError.
     """
+    if name in RAES:
+        return RAE(name, decoder).to(device).eval().requires_grad_(False)
     if name not in SMALL_CODECS:
-        raise ValueError(f"codec {name!r} is not known; choose from {', '.join(SMALL_CODECS)}")
+        raise ValueError(f"codec {name!r} is not known; choose from {', '.join(CODECS)}")
     path = Path(path or codec_path(name, "shapes"))
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the codec's weights are missing; make them: python encode.py --fit --codec {name} --dataset ...")
@@ -319,6 +624,21 @@ def load_codec(name, path=None, device="cpu"):
         raise ValueError(f"{path}: is not a whole codec file ({str(error).splitlines()[0]}); "
                          f"make it again: python encode.py --fit --codec {name} --dataset ...") from error
     return codec.to(device).eval().requires_grad_(False)
+
+
+def codec_device(codec):
+    """The device a codec is on."""
+    return next(codec.buffers()).device
+
+
+def fingerprint(codec):
+    """Hex digest of what a codec's latents depend on: all its weights but the decoder's."""
+    digest = hashlib.sha256()
+    for name, tensor in codec.state_dict().items():
+        if not name.startswith("decoder."):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def to_float(images, device="cpu"):
@@ -375,20 +695,22 @@ def fit_codec(images, path, image_size, steps=1500, batch_size=128, lr=2e-3, max
 # ------------------------------------------------------------------------------------------- the latent cache
 
 
-def remake_command(found, codec_name, data_dir):
+def remake_command(found, codec_name, data_dir, flip=False):
     """The command that makes a dataset's cache (again)."""
-    return f"python encode.py --dataset {found['dataset']} --codec {codec_name}" + (f" --data_dir {data_dir}" if str(data_dir) != "data" else "")
+    return (f"python encode.py --dataset {found['dataset']} --codec {codec_name}" + " --flip" * flip
+            + (f" --data_dir {data_dir}" if str(data_dir) != "data" else ""))
 
 
-def open_cache(found, codec_name, data_dir="data"):
+def open_cache(found, codec_name, data_dir="data", codec=None, flip=False):
     """Open and check a dataset's cached latents.
 
+    codec: if given, the cache must be its work. flip: whether there must be mirrored views.
     Returns (latents, labels, meta): a read-only float16 memory map (N, T, C), labels (N,) int64 with -1 for images that could
-    not be read, and the dict of meta.json. Raises FileNotFoundError without a cache, ValueError for one that is damaged, belongs to
-    another codec, or was made from other images.
+    not be read, and the dict of meta.json. With mirrored views N is twice the number of images, the second half being the mirrored ones.
+    Raises FileNotFoundError without a cache, ValueError for one that is damaged, belongs to another codec, or was made from other images.
     """
     folder = Path(data_dir) / found["name"] / codec_name
-    mend = f"; remake it: {remake_command(found, codec_name, data_dir)}"
+    mend = f"; remake it: {remake_command(found, codec_name, data_dir, flip)}"
     if not (folder / "meta.json").is_file():
         raise FileNotFoundError(f"{folder}: no latent cache{mend.replace('remake', 'make')}")
     try:
@@ -401,58 +723,143 @@ def open_cache(found, codec_name, data_dir="data"):
     if latents.shape != shape or latents.dtype != np.float16 or labels.shape != shape[:1]:
         raise ValueError(f"{folder}: the latent cache is damaged (meta.json says {shape}, latents.npy holds {latents.dtype} "
                          f"{latents.shape}, labels.npy {labels.shape}){mend}")
-    if meta["codec"] != codec_name or meta["codec_sha256"] != sha256(codec_path(codec_name, found["name"], data_dir)):
-        raise ValueError(f"{folder}: was made with another codec than {codec_path(codec_name, found['name'], data_dir)}{mend}")
+    if codec and (meta["codec_sha256"] != fingerprint(codec) or meta["image_size"] != codec.image_size or shape[1:] != codec.latent_shape):
+        raise ValueError(f"{folder}: was made with another codec than {codec_path(codec_name, found['name'], data_dir) or codec_name}{mend}")
     if meta["source"] != found["source"]:
         raise ValueError(f"{folder}: was made from other images than {found['dataset']} holds now{mend}")
+    if flip and not meta["flip"]:
+        raise ValueError(f"{folder}: has no mirrored views, as --flip asks for{mend}")
     return latents, labels, meta
 
 
+def read_rows(latents, rows):
+    """Rows of a cache's memory map as a float16 tensor (B, T, C), by reading the file: touched pages of the map would count as memory."""
+    out = np.empty((len(rows), *latents.shape[1:]), latents.dtype)
+    with open(latents.filename, "rb", buffering=0) as file:
+        for row, place in zip(rows.tolist(), out):
+            file.seek(latents.offset + row * place.nbytes)
+            if file.readinto(place) != place.nbytes:
+                raise ValueError(f"{latents.filename}: was cut short while in use; make it again with encode.py")
+    return torch.from_numpy(out)
+
+
+def start_cache(temporary, folder, plan):
+    """Make the files of an unfinished cache, or keep those of an earlier try at the same. Returns the lock, to be held open."""
+    temporary.mkdir(parents=True, exist_ok=True)
+    lock = open(temporary / "lock", "w")
+    if fcntl:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)       # ends with the process, however that ends
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another process is encoding this dataset just now; wait for it, or stop it") from error
+    try:
+        earlier = json.loads((temporary / "plan.json").read_text())
+        same = earlier | dict(batch_size=0) == json.loads(json.dumps(plan | dict(batch_size=0)))
+    except (OSError, ValueError):
+        same = False
+    for file in [] if same else temporary.glob("*.*"):
+        file.unlink()
+    latents, need, free = temporary / "latents.npy", 2 * math.prod(plan["shape"]), shutil.disk_usage(temporary).free
+    taken = latents.stat().st_blocks * 512 if same and hasattr(os.stat_result, "st_blocks") else 0
+    print(f"{folder}: {plan['shape'][0]:,} latents of {plan['shape'][1]}x{plan['shape'][2]} take {need / 1e9:,.3f} GB, {free / 1e9:,.1f} GB are free"
+          + (f", {taken / 1e9:,.3f} GB are there already" if taken else ""), flush=True)
+    if need > free + taken:
+        raise OSError(f"{folder}: the latents need {(need - taken) / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; "
+                      "free some, point --data_dir at another disk, or encode while training: train.py --live")
+    if not same:
+        views = 2 if plan["flip"] else 1
+        np.lib.format.open_memmap(latents, "w+", np.float16, plan["shape"])                        # takes no space until it is written
+        np.save(temporary / "labels.npy", np.zeros(plan["shape"][0], np.int64))
+        np.save(temporary / "moments.npy", np.full((math.ceil(plan["shape"][0] / views / plan["batch_size"]), 2, plan["shape"][2]), np.nan))
+        write_file(temporary / "plan.json", lambda out: out.write(json.dumps(plan).encode()))
+    return lock
+
+
 @torch.no_grad()
-def write_cache(found, codec_name, data_dir="data", device="cpu", batch_size=256, workers=0, skip_bad=False):
-    """Encode a dataset into data_dir/<name>/<codec>/: latents.npy, labels.npy, meta.json; under a temporary name until whole."""
-    weights = codec_path(codec_name, found["name"], data_dir)
-    codec = load_codec(codec_name, weights, device)
+def encode_share(found, codec, temporary, plan, workers, skip_bad, dtype):
+    """Encode this process's share of the batches that are not done yet; a batch is done when its sums stand in moments.npy."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device, n, views, batch_size = codec_device(codec), len(found["labels"]), 2 if plan["flip"] else 1, plan["batch_size"]
+    layout = np.load(temporary / "latents.npy", mmap_mode="r")
+    labels, moments = (np.load(temporary / f"{name}.npy", mmap_mode="r+") for name in ("labels", "moments"))
+    todo = (np.flatnonzero(np.isnan(moments).any((1, 2)))[rank::world] * batch_size).tolist()
+    if world > 1:
+        dist.barrier()                                             # all have looked before anybody writes
+
+    def store(start, z, sums, ready, bad):
+        """Write a batch, and then that it is done."""
+        if ready:
+            ready.synchronize()
+        for view in range(views):
+            row = view * n + start
+            file.seek(layout.offset + row * layout[0].nbytes)
+            file.write(z[view].numpy())
+            labels[row:row + z.shape[1]] = found["labels"][start:start + z.shape[1]]
+            labels[row + np.array(bad, int)] = -1
+        file.flush()
+        os.fsync(file.fileno())
+        labels.flush()
+        moments[start // batch_size] = sums.numpy()
+        moments.flush()
+
+    writing, mine = None, sum(min(batch_size, n - start) for start in todo)
+    with open(temporary / "latents.npy", "r+b") as file, ThreadPoolExecutor(1) as writer, tqdm(
+            total=mine, desc=f"encoding {found['name']}", unit="image", mininterval=1, disable=rank > 0) as bar:
+        for start, images, bad in read_images(found, codec.image_size, batch_size, workers, skip_bad, todo):
+            x = to_float(images, device)
+            with autocast(device, dtype):
+                z = torch.stack([codec.encode(view) for view in (x, x.flip(3))[:views]])           # (views, B, T, C)
+            good = z[:, np.delete(np.arange(len(images)), bad)]
+            sums = torch.stack([good.sum((0, 1, 2)), good.pow(2).sum((0, 1, 2))])                  # (2, C)
+            z, sums = (x.to("cpu", non_blocking=device.type == "cuda") for x in (z.half(), sums))
+            ready = torch.cuda.Event() if device.type == "cuda" else None
+            if ready:
+                ready.record()
+            if writing:
+                writing.result()                                   # one batch is written while the next is encoded
+            writing = writer.submit(store, start, z, sums, ready, bad)
+            bar.update(len(images))
+        if writing:
+            writing.result()
+
+
+def finish_cache(found, temporary, folder, plan):
+    """Write meta.json and rename the folder to where train.py looks for it."""
+    views, labels, moments = 2 if plan["flip"] else 1, np.load(temporary / "labels.npy"), np.load(temporary / "moments.npy")
+    if missing := sorted(set(range(len(found["classes"]))) - set(labels.tolist())):
+        raise ValueError(f"{found['dataset']}: no readable image of class {found['classes'][missing[0]]}; add some or remove the folder")
+    mean, square = moments.sum(0) / ((labels >= 0).sum() * plan["shape"][1])
+    skipped = int((labels < 0).sum()) // views
+    write_file(temporary / "meta.json", lambda file: file.write(json.dumps(plan | dict(
+        skipped=skipped, mean=mean.tolist(), std=np.sqrt(square - mean ** 2).tolist(),
+        sha256=hashlib.sha256(moments.tobytes() + labels.tobytes()).hexdigest()), indent=1).encode()))
+    for name in ("moments.npy", "plan.json", "lock"):
+        (temporary / name).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    number = len(found["labels"])
+    print(f"{folder}: {number - skipped:,} images of {len(found['classes'])} classes" + f", {skipped} unreadable ones skipped" * (skipped > 0)
+          + ", and their mirrored views" * plan["flip"])
+    if number != PUBLISHED.get(found["dataset"], number):
+        print(f"warning: {found['dataset']} has {number:,} images here, the published one has {PUBLISHED[found['dataset']]:,}", file=sys.stderr)
+
+
+def write_cache(found, codec_name, codec, data_dir="data", batch_size=128, workers=0, skip_bad=False, flip=False, dtype="auto"):
+    """Encode a dataset into data_dir/<name>/<codec>/: latents.npy, labels.npy, meta.json; under a temporary name until whole.
+
+    Under torchrun every process takes its share. Killed, it goes on where it stopped, with whatever number of processes.
+    """
     folder = Path(data_dir) / found["name"] / codec_name
     temporary = folder.with_name(f".{codec_name}.tmp")
-    shape = (len(found["labels"]), *codec.latent_shape)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    need, free = 2 * int(np.prod(shape)), shutil.disk_usage(folder.parent).free
-    if need > free:
-        raise OSError(f"{folder}: the latents need {need / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; "
-                      "free some, or point --data_dir at another disk")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        labels = found["labels"].copy()
-        moments = torch.zeros(2, codec.latent_shape[1], dtype=torch.float64)
-        with open(temporary / "latents.npy", "wb") as file, tqdm(total=shape[0], desc=f"encoding {found['name']}", unit="image", mininterval=1) as bar:
-            np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=shape))
-            for start, images, bad in read_images(found, codec.image_size, batch_size, workers, skip_bad):
-                z = codec.encode(to_float(images, device)).cpu()                                   # (B, T, C)
-                file.write(z.half().numpy().tobytes())
-                labels[start + np.array(bad, int)] = -1
-                moments += torch.stack([z.double().mean(1).sum(0), z.double().pow(2).mean(1).sum(0)])
-                bar.update(len(z))
-            file.flush()
-            os.fsync(file.fileno())
-        if missing := sorted(set(range(len(found["classes"]))) - set(labels.tolist())):
-            raise ValueError(f"{found['dataset']}: no readable image of class {found['classes'][missing[0]]}; add some or remove the folder")
-        mean = moments[0] / shape[0]
-        meta = dict(codec=codec_name, codec_sha256=sha256(weights), shape=shape, image_size=codec.image_size,
-                    classes=found["classes"], skipped=int((labels < 0).sum()), source=found["source"],
-                    mean=mean.tolist(), std=(moments[1] / shape[0] - mean ** 2).sqrt().tolist(),
-                    sha256=sha256(temporary / "latents.npy"))
-        np.save(temporary / "labels.npy", labels)
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    skipped = f", {meta['skipped']} unreadable ones skipped" if meta["skipped"] else ""
-    print(f"{folder}: {shape[0] - meta['skipped']} images of {len(meta['classes'])} classes{skipped}, "
-          f"latents {shape[1]}x{shape[2]}, {need / 1e6:.0f} MB")
+    plan = dict(codec=codec_name, codec_sha256=fingerprint(codec), shape=(len(found["labels"]) * (2 if flip else 1), *codec.latent_shape),
+                image_size=codec.image_size, classes=found["classes"], source=found["source"], flip=flip, batch_size=batch_size)
+    held = []                                                      # the lock, in the first process
+    first(lambda: held.append(start_cache(temporary, folder, plan)))
+    plan = json.loads((temporary / "plan.json").read_text())       # an earlier try's batch size counts
+    encode_share(found, codec, temporary, plan, workers, skip_bad, dtype)
+    if dist.is_initialized():
+        dist.barrier()
+    first(lambda: (held[0].close(), finish_cache(found, temporary, folder, plan)))
 
 
 def fit(found, codec_name, data_dir="data", device="cpu", workers=0, skip_bad=False, steps=1500):
@@ -468,34 +875,110 @@ def fit(found, codec_name, data_dir="data", device="cpu", workers=0, skip_bad=Fa
     print(f"{path}: codec for {size}x{size} images, reconstructs held-out ones at {psnr:.1f} dB")
 
 
-def prepare(found, codec_name, data_dir="data", device="cpu", workers=0, skip_bad=False):
-    """Make what a dataset still lacks: the codec's weights and the latent cache. Neither is touched when it is there."""
-    if not codec_path(codec_name, found["name"], data_dir).is_file():
-        fit(found, codec_name, data_dir, device, workers, skip_bad)
-    if not (Path(data_dir) / found["name"] / codec_name / "meta.json").is_file():
-        write_cache(found, codec_name, data_dir, device, workers=workers, skip_bad=skip_bad)
+def prepare(found, codec_name, data_dir="data", device="cpu", workers=0, skip_bad=False, flip=False, live=False):
+    """Make what a dataset still lacks: the codec's weights and, unless live, the latent cache. Neither is touched when it is there."""
+    path = codec_path(codec_name, found["name"], data_dir)
+    first(lambda: path is None or path.is_file() or fit(found, codec_name, data_dir, device, workers, skip_bad))
+    if not live and not (Path(data_dir) / found["name"] / codec_name / "meta.json").is_file():
+        write_cache(found, codec_name, load_codec(codec_name, path, device, decoder=False), data_dir, workers=workers, skip_bad=skip_bad, flip=flip)
+
+
+@torch.no_grad()
+def bench(found, codec_name, codec, data_dir, batch_size, workers, dtype):
+    """Print the images/s of the bare encoder, and those of the whole way from files to the cache at the same batch size."""
+    device = codec_device(codec)
+    x = torch.rand(batch_size, 3, codec.image_size, codec.image_size, device=device)
+
+    def rate(work, x, times):
+        with autocast(device, dtype):
+            work(x).sum().item()                                   # warms up, and waits for the device
+            started = time.time()
+            for _ in range(times):
+                last = work(x)
+            last.sum().item()
+        return times * batch_size / (time.time() - started)
+
+    times = max(8, min(200, round(30 * rate(codec.encode, x, 1) / batch_size)))                    # half a minute or so
+    bare, decoded = rate(codec.encode, x, times), rate(codec.decode, codec.encode(x), 1)
+    chosen = np.resize(np.arange(len(found["labels"])), times * batch_size)
+    some = found | dict(labels=found["labels"][chosen], paths=found["paths"] and [found["paths"][i] for i in chosen])
+    with tempfile.TemporaryDirectory(dir=data_dir) as folder, contextlib.redirect_stdout(None):
+        started = time.time()
+        write_cache(some, codec_name, codec, folder, batch_size, workers, skip_bad=True, dtype=dtype)
+        whole = times * batch_size / (time.time() - started)
+    print(f"{codec_name} on {device.type}, batch {batch_size}, {workers} workers: bare encoder {bare:.2f} images/s, from files to the cache "
+          f"{whole:.2f} ({whole / bare:.0%}); bare decoder {decoded:.2f}")
+
+
+def reconstruct(where, codec, out, batch_size, workers, dtype):
+    """Write originals beside their reconstructions, the first 32, to a PNG, and print the PSNR of all."""
+    where, device = Path(where), codec_device(codec)
+    paths = [str(where)] if where.is_file() else sorted(str(path) for path in where.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    if not paths:
+        raise FileNotFoundError(f"{where}: no such image, or no folder with images ({' '.join(SUFFIXES)}) in it")
+    found, psnr, shown = dict(labels=np.zeros(len(paths)), paths=paths), [], []
+    for start, images, _ in tqdm(read_images(found, codec.image_size, min(batch_size, len(paths)), workers), unit="batch", disable=len(paths) <= batch_size):
+        x = to_float(images, device)
+        with torch.no_grad(), autocast(device, dtype):
+            y = codec.decode(codec.encode(x))
+        psnr += (-10 * (y.float() - x).pow(2).mean((1, 2, 3)).clamp_min(1e-10).log10()).tolist()
+        shown += [np.concatenate(pair, axis=1) for pair in zip(images, to_uint8(y))][:32 - len(shown)]             # (S, 2S, 3)
+    for path, value in list(zip(paths, psnr))[:32]:
+        print(f"{value:6.2f} dB  {path}")
+    columns = min(4, len(shown))
+    shown += [np.full_like(shown[0], 255)] * (-len(shown) % columns)
+    rows = [np.concatenate(shown[i:i + columns], axis=1) for i in range(0, len(shown), columns)]
+    write_file(out, partial(Image.fromarray(np.concatenate(rows)).save, format="PNG"))
+    print(f"{np.mean(psnr):6.2f} dB  mean of {len(psnr)}; wrote {out}: originals on the left, reconstructions beside them")
 
 
 def main():
     parser = argparse.ArgumentParser(usage="python encode.py [flags], see --help",
-                                     description="Fit the small codec, or encode a dataset into the latent cache that train.py reads.",
+                                     description="Encode a dataset into the latent cache that train.py reads; fit, time or look at the autoencoder.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataset", default="shapes", help="shapes, or a folder with one sub-folder of images per class")
+    parser.add_argument("--dataset", default="shapes", help="shapes, flowers, afhq, imagenet, or a folder with one sub-folder of images per class")
     parser.add_argument("--data_dir", default="data", help="folder that holds datasets and caches")
-    parser.add_argument("--codec", default="small", choices=SMALL_CODECS, help="small: 32x32 images, small64: 64x64")
+    parser.add_argument("--codec", choices=CODECS, help="frozen autoencoder; small: 32x32 images, small64: 64x64, rae: 256x256; "
+                        "default: rae for flowers, afhq, imagenet and --reconstruct, else small")
+    parser.add_argument("--weights_dir", help="where the RAE's weights are, instead of torch.hub's folder")
+    parser.add_argument("--flip", action="store_true", help="cache the mirrored views too, in twice the space")
+    parser.add_argument("--reconstruct", metavar="PATH", help="write this image, or a folder's images, beside their reconstructions")
+    parser.add_argument("--out", default="reconstruction.png", help="the picture that --reconstruct writes")
+    parser.add_argument("--bench", action="store_true", help="time the encoder alone and with reading and writing, on the dataset's images")
     parser.add_argument("--fit", action="store_true", help="fit the small codec on the dataset instead of encoding it")
     parser.add_argument("--fit_steps", type=int, default=1500, help="optimizer steps of --fit, 128 images each")
     parser.add_argument("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
+    parser.add_argument("--batch_size", type=int, default=128, help="images at a time, per process")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode images")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda, else float32")
     args = parser.parse_args()
-    if args.fit_steps < 1:
-        parser.error(f"--fit_steps must be at least 1, got {args.fit_steps}")
-    found, device = find_dataset(args.dataset, args.data_dir), pick_device(args.device)
-    if args.fit or not codec_path(args.codec, found["name"], args.data_dir).is_file():
-        fit(found, args.codec, args.data_dir, device, args.workers, args.skip_bad, args.fit_steps)
+    for name in ("fit_steps", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    codec_name = args.codec or ("rae" if args.reconstruct else default_codec(args.dataset))
+    if args.fit and codec_name in RAES:
+        parser.error(f"--fit: the {codec_name} is used as published; only the small codecs are fitted")
+    if args.weights_dir:
+        torch.hub.set_dir(args.weights_dir)
+    _, _, device = join(args.device)
+    found = find_dataset(args.dataset, args.data_dir)
+    path = codec_path(codec_name, found["name"], args.data_dir)
+    first(lambda: (args.fit or path and not path.is_file()) and fit(found, codec_name, args.data_dir, device, args.workers, args.skip_bad, args.fit_steps))
     if not args.fit:
-        write_cache(found, args.codec, args.data_dir, device, workers=args.workers, skip_bad=args.skip_bad)
+        codec = load_codec(codec_name, path, device, decoder=bool(args.reconstruct or args.bench))
+        if args.reconstruct:
+            reconstruct(args.reconstruct, codec, args.out, args.batch_size, args.workers, args.dtype)
+        elif args.bench:
+            bench(found, codec_name, codec, args.data_dir, args.batch_size, args.workers, args.dtype)
+        else:
+            try:
+                open_cache(found, codec_name, args.data_dir, codec, args.flip)
+                print(f"{args.data_dir}/{found['name']}/{codec_name}: is whole already; remove it to have it made anew")
+            except (FileNotFoundError, ValueError):                # there is none, or not one of this codec and these images
+                write_cache(found, codec_name, codec, args.data_dir, args.batch_size, args.workers, args.skip_bad, args.flip, args.dtype)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

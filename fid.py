@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from encode import (SMALL_CODECS, SUFFIXES, center_crop, codec_path, find_dataset, load_codec, pick_device, read_images, run, sha256, to_float,
+from encode import (CODECS, SUFFIXES, center_crop, checksum, codec_path, find_dataset, fingerprint, load_codec, pick_device, read_images, run, to_float,
                     write_file)
 from sample import write_npz
 
@@ -332,7 +332,7 @@ def find_weights(path=None):
     get = f"get it (96 MB, sha256 {WEIGHTS_SHA256}): curl -L --create-dirs -o {folder / WEIGHTS_NAMES[0]} {WEIGHTS_URL}"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: Inception's weights are missing; {get} (or compare offline: --features codec)")
-    if (digest := sha256(path)) != WEIGHTS_SHA256:
+    if (digest := checksum(path)) != WEIGHTS_SHA256:
         raise ValueError(f"{path}: is not Inception's published weight file, its sha256 is {digest}; {get}")
     return path
 
@@ -344,9 +344,9 @@ def load_extractor(features, device, weights=None, codec="small", codec_file=Non
     features: "inception", or "codec" for the frozen codec's latents averaged over tokens, under the name of pool3.
     """
     if features == "codec":
-        net = load_codec(codec, codec_file, device)
+        net = load_codec(codec, codec_file, device, decoder=False)
         extract = torch.no_grad()(lambda images: dict(pool3=net.encode(to_float(images, device)).mean(1)))    # (B, C)
-        return dict(extract=extract, width=net.latent_shape[1], size=net.image_size, name=codec, digest=sha256(codec_file), device=device)
+        return dict(extract=extract, width=net.latent_shape[1], size=net.image_size, name=codec, digest=fingerprint(net), device=device)
     net = InceptionV3(find_weights(weights)).to(device)
     extract = lambda images: net(torch.as_tensor(images).to(device).permute(0, 3, 1, 2))
     return dict(extract=extract, width=net.fc.in_features, size=None, name="inception", digest=WEIGHTS_SHA256, device=device)
@@ -484,7 +484,7 @@ def load_reference(statistics, found, size, extractor, metrics=METRICS, batch_si
     if found is None or not metrics:
         return statistics
     wanted = ["precision"] if statistics else ["fid", "sfid", "precision"]
-    files = "".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in found["paths"] or [found["npz"]] if f) or found["source"]
+    files = "".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in map(Path, found["paths"] or filter(None, [found["npz"]]))) or found["source"]
     key = hashlib.sha256(json.dumps([1, files, size, wanted, KEPT_REFERENCES, extractor["digest"]]).encode()).hexdigest()
     cache = found["stem"].with_name(f"{found['stem'].name}.{extractor['name']}-{size}.npz")
     if cache.is_file():
@@ -541,7 +541,7 @@ def main():
     parser.add_argument("--save_stats", metavar="FILE", help="write the reference's statistics to this npz, for ADM and pytorch-fid tools too")
     parser.add_argument("--features", default="inception", choices=["inception", "codec"], help="codec: the frozen codec's pooled latents, offline")
     parser.add_argument("--weights", help="Inception's weight file; default: the one in torch.hub's folder")
-    parser.add_argument("--codec", default="small", choices=SMALL_CODECS, help="whose features --features codec takes")
+    parser.add_argument("--codec", default="small", choices=CODECS, help="whose features --features codec takes")
     parser.add_argument("--codec_dataset", help="the dataset the codec was fitted on; default: --ref if it is a dataset, else shapes")
     parser.add_argument("--data_dir", default="data", help="folder that holds datasets and codecs")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time")
@@ -564,7 +564,7 @@ def main():
         if width != height:
             raise ValueError(f"{samples['paths'][0]}: is {width}x{height}; samples must be square")
         samples["size"] = width
-        if samples["paths"][0].suffix.lower() in (".jpg", ".jpeg"):
+        if Path(samples["paths"][0]).suffix.lower() in (".jpg", ".jpeg"):
             warn(f"{args.samples}: JPEG has changed the samples, and with them every metric; store PNG or npz")
     statistics, images = find_reference(args.ref, args.data_dir) if args.ref else ({}, None)
     if args.save_stats and statistics:

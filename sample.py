@@ -9,7 +9,6 @@
 Image i of a seed is always made from the same noise, however many are asked for and whatever the batch size.
 """
 import argparse
-import contextlib
 import math
 import zipfile
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from encode import codec_path, load_codec, pick_device, run, sha256, to_uint8, write_file
+from encode import autocast, codec_path, fingerprint, load_codec, pick_device, run, to_uint8, write_file
 from model import Denoiser, ModelConfig, generate
 
 CHECKPOINT_FORMAT = 1
@@ -62,17 +61,10 @@ def load_codec_of(checkpoint, device="cpu"):
     settings = checkpoint["settings"]
     path = codec_path(settings["codec"], checkpoint["dataset_name"], checkpoint["data_dir"])
     codec = load_codec(settings["codec"], path, device)
-    if sha256(path) != checkpoint["codec_sha256"]:
-        raise ValueError(f"{path}: is not the codec this checkpoint was trained with (fitted again since?); "
+    if fingerprint(codec) != checkpoint["codec_sha256"]:
+        raise ValueError(f"{path or settings['codec']}: is not the codec this checkpoint was trained with (fitted again since?); "
                          f"train anew: python train.py --dataset {settings['dataset']} --codec {settings['codec']}")
     return codec
-
-
-def autocast(device, dtype="auto"):
-    """bf16 autocast on CUDA, plain float32 elsewhere (on CPUs bf16 is slower for small models), or as dtype says."""
-    if dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 def draw_noise(seed, indexes, shape):

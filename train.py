@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from encode import SMALL_CODECS, codec_path, find_dataset, load_codec, open_cache, pick_device, prepare, run, write_file
+from encode import CODECS, autocast, codec_path, find_dataset, load_codec, open_cache, pick_device, prepare, run, write_file
 from fid import evaluate, find_reference, load_extractor, load_reference
 from model import ANGLE_LAWS, CONSISTENCY_TARGETS, PRESETS, SPHERES, Denoiser, ModelConfig, losses, noise_angle
-from sample import CHECKPOINT_FORMAT, autocast, load_checkpoint, make_grid, sample_batches, write_png
+from sample import CHECKPOINT_FORMAT, load_checkpoint, make_grid, sample_batches, write_png
 
 # What a run is made of, by preset. A flag of the same name overrides one value; all are stored in the checkpoint.
 COMMON = dict(preset="tiny", dataset="shapes", codec="small", seed=0, weight_decay=0.01, grad_clip=1.0, label_dropout=0.1, sphere="global",
@@ -89,7 +89,7 @@ def parse_args():
 
     group = parser.add_argument_group("data and place")
     preset_value(group, "--dataset", str, "shapes, or a folder with one sub-folder of images per class")
-    preset_value(group, "--codec", str, "frozen autoencoder; small: 32x32 images, small64: 64x64", choices=SMALL_CODECS)
+    preset_value(group, "--codec", str, "frozen autoencoder; small: 32x32 images, small64: 64x64", choices=CODECS)
     group.add_argument("--data_dir", default="data", help="folder that holds datasets and caches")
     group.add_argument("--out_dir", help="where to write; default: out/<dataset>")
     group.add_argument("--resume", action="store_true", help="continue the run in out_dir")
@@ -173,19 +173,16 @@ def main():
 
     # data: labels and a memory map of latents
     found = found or find_dataset(s.dataset, args.data_dir)
-    if master:
-        prepare(found, s.codec, args.data_dir, device, args.workers, args.skip_bad)
-    if world > 1:
-        dist.barrier()
-    latents, all_labels, meta = open_cache(found, s.codec, args.data_dir)
+    prepare(found, s.codec, args.data_dir, device, args.workers, args.skip_bad)
+    weights = codec_path(s.codec, found["name"], args.data_dir)
+    codec = load_codec(s.codec, weights, device) if master else None                              # checks the cache, draws the samples
+    latents, all_labels, meta = open_cache(found, s.codec, args.data_dir, codec)
     usable = np.flatnonzero(all_labels >= 0)
     if checkpoint and checkpoint["cache_sha256"] != meta["sha256"]:
         raise ValueError(f"{out_dir / 'ckpt.pt'}: was trained on other latents than {args.data_dir}/{found['name']}/{s.codec} holds now; "
                          "start anew with another --out_dir")
     writer = None
     if master:                                                     # what may fail comes before anything is written
-        weights = codec_path(s.codec, found["name"], args.data_dir)
-        codec = load_codec(s.codec, weights, device)
         if s.eval_every:
             extractor = load_extractor(s.eval_features, device, codec=s.codec, codec_file=weights)
             reference = load_reference(*find_reference(s.dataset, args.data_dir), codec.image_size, extractor, ["fid"], workers=args.workers)
