@@ -511,6 +511,8 @@ class RAE(nn.Module):
         except Exception as error:                                 # urllib, zipfile, pickle, torch.load, load_state_dict: many kinds
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise OSError(error.errno, error.strerror, str(hub)) from error
+            if at == "encoder" and isinstance(error, (ImportError, FileNotFoundError)):
+                at = "code"
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             missing = [f"{url} -> {path}" for url, path in files.values() if not path.exists()]
             if missing and not files[at][1].exists():

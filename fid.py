@@ -544,6 +544,7 @@ def main():
     parser.add_argument("--codec", default="small", choices=CODECS, help="whose features --features codec takes")
     parser.add_argument("--codec_dataset", help="the dataset the codec was fitted on; default: --ref if it is a dataset, else shapes")
     parser.add_argument("--data_dir", default="data", help="folder that holds datasets and codecs")
+    parser.add_argument("--weights_dir", help="where weights are, instead of torch.hub's folder")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode images")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -556,6 +557,8 @@ def main():
         parser.error("--save_stats writes Inception's statistics; leave --features codec out")
 
     # look everything up before any work
+    if args.weights_dir:
+        torch.hub.set_dir(args.weights_dir)
     device, warn = pick_device(args.device), lambda text: print(f"warning: {text}", file=sys.stderr)
     samples = find_images(args.samples, args.data_dir)
     count = len(samples["labels"])

@@ -164,6 +164,7 @@ def main():
     how.add_argument("--project_last", action="store_true", help="put the last output on the sphere before decoding")
     how.add_argument("--pixel_loop", action="store_true", help="decode and encode between steps, as Sphere Encoder does")
     machine = parser.add_argument_group("machine")
+    machine.add_argument("--weights_dir", help="where the RAE's weights are, instead of torch.hub's folder")
     machine.add_argument("--batch_size", type=int, default=100, help="images at a time")
     machine.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     machine.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda, else float32")
@@ -174,6 +175,8 @@ def main():
     if args.max_angle is not None and not 0 < args.max_angle < 90:
         parser.error(f"--max_angle must lie between 0 and 90 degrees, got {args.max_angle:g}")
 
+    if args.weights_dir:
+        torch.hub.set_dir(args.weights_dir)
     device = pick_device(args.device)
     path = args.ckpt or find_checkpoint()
     checkpoint = load_checkpoint(path)

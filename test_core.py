@@ -1,5 +1,7 @@
 """What the project promises, checked on a CPU without network in about a minute: python -m pytest -q"""
 import contextlib
+import functools
+import hashlib
 import io
 import json
 import math
@@ -8,11 +10,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tracemalloc
+import urllib.error
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 
@@ -364,22 +370,99 @@ def test_damaged_foreign_or_outdated_cache_is_refused_with_the_command_that_rema
     fails_clearly(script("sample.py", cwd=copied), "small.pt", "python train.py --dataset photos")
 
 
-def test_interrupted_encoding_leaves_the_earlier_cache_whole(copied, monkeypatch):
+def test_killed_encoding_keeps_the_earlier_cache_and_goes_on_without_encoding_anything_twice(copied, monkeypatch):
     monkeypatch.chdir(copied)
-    found = encode.find_dataset("photos")
-    cache = copied / "data" / found["name"] / "small"
-    before = (cache / "latents.npy").read_bytes()
+    found, codec = encode.find_dataset("photos"), encode.load_codec("small", "data/photos/small.pt")
+    cache, real, seen = copied / "data/photos/small", codec.encode, []
+    before = {file.name: file.read_bytes() for file in cache.iterdir()}
 
-    def stop(*_):
-        yield 0, np.zeros((4, 32, 32, 3), np.uint8), []
-        raise KeyboardInterrupt
+    def count(images):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(images))
+        return real(images)
 
-    monkeypatch.setattr(encode, "read_images", stop)
+    monkeypatch.setattr(codec, "encode", count)
     with pytest.raises(KeyboardInterrupt):
-        encode.write_cache(found, "small")
-    assert (cache / "latents.npy").read_bytes() == before
-    assert not [f.name for f in cache.parent.iterdir() if f.name.startswith(".")]
-    encode.open_cache(found, "small")
+        encode.write_cache(found, "small", codec, batch_size=5)
+    assert {file.name: file.read_bytes() for file in cache.iterdir()} == before
+    monkeypatch.setattr(codec, "encode", lambda images: seen.append(len(images)) or real(images))
+    encode.write_cache(found, "small", codec, batch_size=4)        # the batches of the first try count: 5, 5 and 2
+    assert seen == [5, 5, 2]
+    resumed = (cache / "latents.npy").read_bytes()
+    encode.write_cache(found, "small", codec, batch_size=5)
+    assert (cache / "latents.npy").read_bytes() == resumed and seen[3:] == [5, 5, 2]
+    encode.open_cache(found, "small", codec=codec)
+    assert sorted(file.name for file in cache.parent.iterdir()) == ["disc", "plain", "small", "small.pt"]
+
+
+def test_an_unfinished_cache_of_another_codec_is_not_continued(copied, monkeypatch):
+    monkeypatch.chdir(copied)
+    found, codec = encode.find_dataset("photos"), encode.load_codec("small", "data/photos/small.pt")
+    plan = dict(codec="small", codec_sha256="another", shape=[12, 16, 32], image_size=32, classes=found["classes"], source=found["source"],
+                flip=False, batch_size=5)
+    encode.start_cache(copied / "data/photos/.small.tmp", copied, plan | dict(shape=(12, 16, 32))).close()
+    np.save(copied / "data/photos/.small.tmp/moments.npy", np.zeros((3, 2, 32)))                  # says that all is done
+    shutil.rmtree("data/photos/small")
+    encode.write_cache(found, "small", codec)
+    assert (np.abs(encode.open_cache(found, "small", codec=codec)[0]).max((1, 2)) > 0).all()
+
+
+def test_several_processes_write_the_cache_that_one_writes(copied):
+    before = (copied / "data/photos/small/latents.npy").read_bytes()
+    shutil.rmtree(copied / "data/photos/small")
+    status, text = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "encode.py", "--dataset", "photos",
+                           "--batch_size", 3, "--workers", 1, cwd=copied)
+    assert status == 0, text
+    after = np.frombuffer((copied / "data/photos/small/latents.npy").read_bytes()[128:], np.float16)
+    np.testing.assert_allclose(after, np.frombuffer(before[128:], np.float16), atol=2e-3)
+    assert json.loads((copied / "data/photos/small/meta.json").read_text())["skipped"] == 0
+
+
+def test_two_encoders_at_once_and_a_disk_too_small_are_told_before_anything_is_encoded(copied, monkeypatch):
+    shutil.rmtree(copied / "data/photos/small")
+    temporary = copied / "data/photos/.small.tmp"
+    found = encode.find_dataset("photos", copied / "data")
+    lock = encode.start_cache(temporary, "x", dict(shape=(12, 16, 32), flip=False, batch_size=5))
+    fails_clearly(script("encode.py", "--dataset", "photos", cwd=copied), "data/photos/small", "another process")
+    lock.close()
+    usage = shutil.disk_usage(copied)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    fails_clearly(script("encode.py", "--dataset", "photos", "--codec", "small", cwd=copied), "0 MB free", "--live")
+    assert len(found["labels"]) == 12 and not (copied / "data/photos/small").exists()
+
+
+def test_flip_caches_the_mirrored_views_behind_the_others(copied):
+    data = copied / "data"
+    before = np.array(np.load(data / "photos/small/latents.npy"))
+    fails_clearly(train_again(copied, "--flip"), "mirrored", "encode.py --dataset photos --codec small --flip")
+    status, text = script("encode.py", "--dataset", "photos", "--flip", "--workers", 1, cwd=copied)
+    assert status == 0 and "mirrored" in text, text
+    found, codec = encode.find_dataset("photos", data), encode.load_codec("small", data / "photos/small.pt")
+    latents, labels, meta = encode.open_cache(found, "small", data, codec, flip=True)
+    assert labels.tolist() == found["labels"].tolist() * 2 and meta["shape"][0] == 24
+    np.testing.assert_array_equal(latents[:12], before)
+    mirrored = codec.encode(encode.to_float(np.stack([encode.load_image(path, 32)[:, ::-1] for path in found["paths"]])))
+    torch.testing.assert_close(torch.from_numpy(np.array(latents[12:])).float(), mirrored, rtol=1e-2, atol=2e-3)
+    torch.testing.assert_close(encode.read_rows(latents, np.array([13, 0])), torch.from_numpy(latents[[13, 0]]))
+
+
+def test_reconstruct_writes_pairs_and_prints_their_psnr(copied):
+    status, text = script("encode.py", "--reconstruct", "data/photos/disc", "--codec", "small", "--out", "pairs.png", "--workers", 1, cwd=copied)
+    picture = np.asarray(Image.open(copied / "pairs.png"))
+    assert status == 0 and picture.shape == (64, 256, 3), text     # 6 pairs of 32x32, four in a row
+    original = encode.load_image(copied / "data/photos/disc/0.png", 32)
+    np.testing.assert_array_equal(picture[:32, :32], original)
+    error = ((picture[:32, 32:64] / 255 - original / 255) ** 2).mean()
+    assert f"{-10 * np.log10(error):.1f}"[:3] == text.split()[0][:3] and text.count(" dB ") == 7
+    fails_clearly(script("encode.py", "--reconstruct", "nowhere", "--codec", "small", cwd=copied), "nowhere", "no such image")
+
+
+def test_encode_bench_prints_the_rate_alone_and_with_reading_and_writing(copied, monkeypatch):
+    status, text = script("encode.py", "--dataset", "photos", "--bench", "--batch_size", 2, "--workers", 1, cwd=copied)
+    bare, whole = (float(x) for x in re.search(r"bare encoder ([\d.]+) images/s, from files to the cache ([\d.]+)", text).groups())
+    assert status == 0 and 0 < whole < bare, text
+    assert sorted(file.name for file in (copied / "data").iterdir()) == ["photos"]
 
 
 def test_unreadable_images_are_named_or_skipped_and_counted(copied):
@@ -398,6 +481,263 @@ def test_useless_dataset_folders_are_named(tmp_path):
     (tmp_path / "photos" / "void").mkdir()
     fails_clearly(script("encode.py", "--dataset", "photos", cwd=tmp_path), Path("photos") / "void")
     fails_clearly(script("train.py", "--dataset", "nowhere", cwd=tmp_path), "nowhere")
+
+
+# ------------------------------------------------------------------------------------------- the datasets by name
+
+
+def draw_flowers(folder, numbers=(1, 1, 74, 74, 54, 54), labels=None):
+    """Oxford's two files, with drawn flowers: 102flowers.tgz with jpg/image_00001.jpg..., imagelabels.mat."""
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "102flowers.tgz", "w:gz") as archive:
+        for i, number in enumerate(numbers):
+            file = io.BytesIO()
+            Image.new("RGB", (300, 260), (number, 40 * i, 90)).save(file, "JPEG")
+            info = tarfile.TarInfo(f"jpg/image_{i + 1:05d}.jpg")
+            info.size = file.tell()
+            archive.addfile(info, io.BytesIO(file.getvalue()))
+    scipy.io.savemat(folder / "imagelabels.mat", dict(labels=np.array([labels or numbers], np.uint8)))
+
+
+def no_network(*_, **__):
+    raise urllib.error.URLError("no network in tests")
+
+
+def test_flowers_are_unpacked_from_oxfords_archive_with_their_names(tmp_path):
+    draw_flowers(tmp_path / "flowers")
+    found = encode.find_dataset("flowers", tmp_path)
+    assert found["name"] == "flowers" and found["classes"] == ["pink primrose", "sunflower", "rose"]
+    assert found["labels"].tolist() == [0, 0, 2, 2, 1, 1] and [Path(p).name for p in found["paths"]][:2] == ["image_00001.jpg", "image_00002.jpg"]
+    assert encode.load_image(found["paths"][2], 256).shape == (256, 256, 3) and len(encode.FLOWERS) == 102
+    (tmp_path / "flowers" / "102flowers.tgz").unlink()             # no longer needed
+    assert encode.find_dataset("flowers", tmp_path)["source"] == found["source"]
+
+
+def test_afhq_and_imagenet_are_their_training_parts(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for part, name in [("train", "dog"), ("train", "cat"), ("val", "cat")]:
+            file = io.BytesIO()
+            Image.new("RGB", (20, 20)).save(file, "JPEG")
+            archive.writestr(f"afhq/{part}/{name}/flickr_1.jpg", file.getvalue())
+        archive.writestr("../../escaped.txt", "no")
+    (tmp_path / "data/afhq").mkdir(parents=True)
+    (tmp_path / "x.zip").rename(tmp_path / "data/afhq/afhq.zip")
+    found = encode.find_dataset("afhq", tmp_path / "data")
+    assert found["classes"] == ["cat", "dog"] and found["name"] == "afhq" and len(found["labels"]) == 2
+    assert (tmp_path / "data/afhq/val/cat/flickr_1.jpg").is_file() and not list(tmp_path.parent.rglob("escaped.txt"))
+    draw_folder(tmp_path / "data/imagenet/train", ("n01440764", "n01443537"), each=2, suffix=".JPEG")
+    found = encode.find_dataset("imagenet", tmp_path / "data")
+    assert found["name"] == "imagenet" and found["classes"] == ["n01440764", "n01443537"]
+
+
+def test_wrong_or_broken_archives_and_labels_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode.urllib.request, "urlopen", no_network)
+    flowers = lambda: script("encode.py", "--dataset", "flowers", "--codec", "small", cwd=tmp_path)
+    fails_clearly(flowers(), "data/flowers/102flowers.tgz", "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", "by hand")
+    fails_clearly(script("train.py", "--dataset", "afhq", cwd=tmp_path), "data/afhq/afhq.zip", "https://www.dropbox.com")
+    fails_clearly(script("encode.py", "--dataset", "imagenet", cwd=tmp_path), "data/imagenet", "ln -s")
+    shutil.rmtree(tmp_path / "data")
+    draw_flowers(tmp_path / "data/flowers", labels=[1, 1, 2])
+    fails_clearly(flowers(), "imagelabels.mat", "3 labels for the 6 images")
+    (tmp_path / "data/flowers/imagelabels.mat").write_bytes(b"nonsense")
+    fails_clearly(flowers(), "imagelabels.mat", "delete it")
+    shutil.rmtree(tmp_path / "data/flowers/jpg")
+    archive = tmp_path / "data/flowers/102flowers.tgz"
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:-200])
+    fails_clearly(flowers(), "102flowers.tgz", "cannot be unpacked")
+    with tarfile.open(archive, "w:gz") as file:
+        file.addfile(tarfile.TarInfo("other/readme"))
+    fails_clearly(flowers(), "102flowers.tgz", "no folder called jpg")
+    with tarfile.open(archive, "w:gz") as file:
+        file.addfile(tarfile.TarInfo("../../escaped"))
+    fails_clearly(flowers(), "102flowers.tgz", "outside")
+    assert not list(tmp_path.rglob("escaped")) and not (tmp_path / "data/flowers/.unpacked.tmp").exists()
+
+
+def test_a_download_goes_on_where_it_broke_off_and_is_checked(tmp_path, monkeypatch):
+    content, asked = bytes(range(256)) * 5000, []
+
+    class Answer(io.BytesIO):
+        def __init__(self, request, cut=None):
+            start = int((request.get_header("Range") or "bytes=0-")[6:-1])
+            asked.append(start)
+            super().__init__(content[start:cut])
+            self.status, self.headers = 206 if start else 200, {"Content-Length": len(content) - start}
+
+    url, path = "https://host/file.tgz", tmp_path / "new" / "file.tgz"
+    monkeypatch.setattr(encode.urllib.request, "urlopen", lambda request, timeout: Answer(request, cut=700_000))
+    with pytest.raises(OSError, match="broke off after 700,000 of 1,280,000 bytes.*go on"):
+        encode.download(url, path)
+    assert not path.exists()
+    monkeypatch.setattr(encode.urllib.request, "urlopen", lambda request, timeout: Answer(request))
+    with pytest.raises(ValueError, match="md5"):
+        encode.download(url, path, md5="0" * 32)
+    assert asked == [0, 700_000] and not list(path.parent.iterdir())
+    encode.download(url, path, md5=hashlib.md5(content).hexdigest())
+    assert path.read_bytes() == content and [file.name for file in path.parent.iterdir()] == ["file.tgz"]
+
+
+# ------------------------------------------------------------------------------------------- the representation autoencoder
+
+HUBCONF = '''
+dependencies = ["torch"]
+import torch
+
+class Encoder(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.patch = torch.nn.Conv2d(3, width, 14, 14)
+        self.norm = torch.nn.LayerNorm(width, eps=1e-6)
+
+    def forward_features(self, x):
+        return dict(x_norm_patchtokens=self.norm(self.patch(x).flatten(2).transpose(1, 2)), x_norm_clstoken=None)
+
+def dinov2_vitb14_reg(pretrained=True):
+    model = Encoder(768)
+    if pretrained:
+        model.load_state_dict(torch.hub.load_state_dict_from_url(
+            "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", map_location="cpu"), strict=True)
+    return model
+'''
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """torch.hub's folder with files of the published names, a one-layer DINOv2 and a narrow decoder in them."""
+    torch.manual_seed(0)
+    folder = tmp_path / "hub"
+    (folder / "facebookresearch_dinov2_main").mkdir(parents=True)
+    (folder / "facebookresearch_dinov2_main" / "hubconf.py").write_text(HUBCONF)
+    (folder / "checkpoints").mkdir()
+    encoder = dict({"patch.weight": torch.randn(768, 3, 14, 14), "patch.bias": torch.randn(768),
+                    "norm.weight": torch.rand(768) * 3, "norm.bias": torch.randn(768)})
+    monkeypatch.setattr(encode, "ViTDecoder", functools.partial(encode.ViTDecoder, hidden=32, depth=2, heads=4, mlp=48))
+    decoder = {name: torch.randn(t.shape) * 0.3 for name, t in encode.ViTDecoder().state_dict().items()}
+    for name, state in [("dinov2_vitb14_reg4_pretrain.pth", encoder), ("rae-wReg_base-decoder-5fedf7c9.pt", decoder),
+                        ("rae-wReg_base-stat-84ede66d.pt", dict(mean=None, var=torch.rand(768, 16, 16) + 0.01))]:
+        torch.save(state, folder / "checkpoints" / name)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(folder))
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
+    return folder
+
+
+def test_vit_decoder_has_the_published_tensors():
+    with torch.device("meta"):
+        state = encode.ViTDecoder().state_dict()
+    assert len(state) == 456 and sum(t.numel() for t in state.values()) == 415_352_704
+    assert state["decoder_layers.27.attention.attention.query.weight"].shape == (1152, 1152)
+    assert state["decoder_layers.0.intermediate.dense.weight"].shape == (4096, 1152)
+    assert state["decoder_pos_embed"].shape == (1, 257, 1152) and state["trainable_cls_token"].shape == (1, 1, 1152)
+    with torch.device("meta"):
+        for width, latent, tensors, numbers in [((768, 12, 12, 3072), 768, 200, 86_435_328), ((1152, 28, 16, 4096), 384, 456, 414_910_336)]:
+            state = encode.ViTDecoder(*width, latent_dim=latent).state_dict()
+            assert (len(state), sum(t.numel() for t in state.values())) == (tensors, numbers)
+
+
+def test_vit_decoder_computes_the_published_network():
+    """Against the same network written with plain matrix products, one token and one pixel at a time where that is clearest."""
+    torch.manual_seed(0)
+    net = encode.ViTDecoder(hidden=24, depth=2, heads=3, mlp=40, latent_dim=10, patch=4, grid=3).double()
+    w = {name: torch.randn(t.shape, dtype=torch.float64) * 0.2 for name, t in net.state_dict().items()}
+    net.load_state_dict(w)
+    tokens = torch.randn(2, 9, 10, dtype=torch.float64) * 1e-3      # small, so that an eps of 1e-6 in the norms would show
+    w["decoder_embed.bias"] *= 1e-3
+    net.load_state_dict(w)
+    linear = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    norm = lambda x, name: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-12).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+    x = torch.cat([w["trainable_cls_token"].repeat(2, 1, 1), linear(tokens, "decoder_embed")], 1) + w["decoder_pos_embed"]
+    for layer in ("decoder_layers.0", "decoder_layers.1"):
+        y = norm(x, f"{layer}.layernorm_before")
+        q, k, v = (linear(y, f"{layer}.attention.attention.{name}") for name in ("query", "key", "value"))
+        heads = [torch.softmax(q[..., h] @ k[..., h].transpose(1, 2) / 8 ** 0.5, -1) @ v[..., h] for h in (slice(0, 8), slice(8, 16), slice(16, 24))]
+        x = x + linear(torch.cat(heads, -1), f"{layer}.attention.output.dense")
+        y = linear(norm(x, f"{layer}.layernorm_after"), f"{layer}.intermediate.dense")
+        x = x + linear(y * 0.5 * (1 + torch.erf(y / 2 ** 0.5)), f"{layer}.output.dense")
+    x = linear(norm(x, "decoder_norm"), "decoder_pred")[:, 1:]
+    image = net(tokens)
+    assert image.shape == (2, 3, 12, 12)
+    for row, column, colour in [(0, 0, 0), (5, 2, 1), (11, 7, 2)]:
+        token, inside = row // 4 * 3 + column // 4, (row % 4 * 4 + column % 4) * 3 + colour
+        torch.testing.assert_close(image[:, colour, row, column], x[:, token, inside])
+    with pytest.raises(ValueError, match="9 tokens, got 4"):
+        net(tokens[:, :4])
+
+
+def test_rae_encodes_and_decodes_by_the_published_formulas(hub):
+    codec = encode.load_codec("rae")
+    assert codec.image_size == 256 and codec.latent_shape == (256, 768) and not codec.training
+    images = torch.rand(2, 3, 256, 256)
+    z = codec.encode(images)
+    state = torch.load(hub / "checkpoints/dinov2_vitb14_reg4_pretrain.pth", weights_only=True)
+    var = torch.load(hub / "checkpoints/rae-wReg_base-stat-84ede66d.pt", weights_only=True)["var"]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    small = torch.nn.functional.interpolate(images, (224, 224), mode="bicubic", align_corners=False, antialias=False)
+    tokens = torch.nn.functional.conv2d((small - mean) / std, state["patch.weight"], state["patch.bias"], stride=14)     # (B, C, 16, 16)
+    tokens = (tokens - tokens.mean(1, keepdim=True)) / (tokens.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()          # no affine
+    torch.testing.assert_close(z, (tokens / (var + 1e-5).sqrt()).flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
+    x = codec.decoder((z.transpose(1, 2).unflatten(2, (16, 16)) * (var + 1e-5).sqrt()).flatten(2).transpose(1, 2)) * std + mean
+    assert x.min() < 0 and x.max() > 1
+    torch.testing.assert_close(codec.decode(z), x.clamp(0, 1), rtol=1e-4, atol=1e-4)
+    torch.save(dict(mean=torch.ones(768, 16, 16), var=var), hub / "checkpoints/rae-wReg_base-stat-84ede66d.pt")
+    shifted = encode.load_codec("rae")
+    torch.testing.assert_close(shifted.encode(images), z - (var + 1e-5).rsqrt().flatten(1).T, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(shifted.decode(shifted.encode(images)), codec.decode(z), rtol=1e-3, atol=1e-3)
+    assert encode.fingerprint(shifted) != encode.fingerprint(codec) == encode.fingerprint(encode.load_codec("rae", decoder=False))
+
+
+def test_missing_and_damaged_weights_are_named_with_address_and_place(hub, tmp_path, monkeypatch):
+    image = tmp_path / "x.png"
+    Image.new("RGB", (300, 280), "red").save(image)
+    look = lambda *more: script("encode.py", "--reconstruct", image, "--workers", 1, *more, cwd=tmp_path)
+    assert look()[0] == 0
+    assert look("--weights_dir", hub)[0] == 0
+    files = {"checkpoints/dinov2_vitb14_reg4_pretrain.pth": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
+             "checkpoints/rae-wReg_base-decoder-5fedf7c9.pt": "decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
+             "checkpoints/rae-wReg_base-stat-84ede66d.pt": "stats/dinov2/wReg_base/imagenet1k/stat.pt"}
+    for name, url in files.items():
+        whole = (hub / name).read_bytes()
+        (hub / name).unlink()
+        fails_clearly(look(), "missing", f"{url} -> {hub / name}")
+        (hub / name).write_bytes(whole[:-100])
+        fails_clearly(look(), hub / name, "damaged", "delete it", url)
+        torch.save(dict(nothing=torch.zeros(3)), hub / name)
+        fails_clearly(look(), hub / name, "damaged or another file")
+        (hub / name).write_bytes(whole)
+    (hub / "facebookresearch_dinov2_main" / "hubconf.py").unlink()
+    fails_clearly(look(), hub / "facebookresearch_dinov2_main", "delete it")
+    fails_clearly(look("--weights_dir", tmp_path / "empty"), *files.values(), tmp_path / "empty" / "facebookresearch_dinov2_main")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+def test_no_weight_file_can_run_code(hub, tmp_path):
+    Image.new("RGB", (300, 280), "red").save(tmp_path / "x.png")
+    for file in (hub / "checkpoints").iterdir():
+        whole = file.read_bytes()
+        torch.save(dict(x=Evil()), file)
+        fails_clearly(script("encode.py", "--reconstruct", "x.png", cwd=tmp_path), file)
+        file.write_bytes(whole)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_flowers_go_through_the_rae_from_archive_to_samples(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode.urllib.request, "urlopen", no_network)
+    draw_flowers(tmp_path / "data/flowers")
+    run = ("--dataset", "flowers", "--preset", "tiny", "--batch_size", 4, "--workers", 1, "--max_steps", 2, "--log_every", 1)
+    status, text = script("train.py", *run, cwd=tmp_path)
+    assert status == 0 and "latents 256x768 (rae)" in text and "8,189" in text, text
+    status, text = script("sample.py", "--num_images", 3, "--out", "samples.npz", "--device", "cpu", cwd=tmp_path)
+    assert status == 0 and np.load(tmp_path / "samples.npz")["arr_0"].shape == (3, 256, 256, 3), text
+    status, text = script("fid.py", "samples.npz", "--ref", "flowers", "--features", "codec", "--codec", "rae", "--workers", 1, cwd=tmp_path)
+    assert status == 0 and "Frechet" in text, text
+    (hub / "checkpoints/dinov2_vitb14_reg4_pretrain.pth").write_bytes(b"")
+    torch.save({k: v + 1 for k, v in dict({"patch.weight": torch.randn(768, 3, 14, 14), "patch.bias": torch.randn(768),
+                "norm.weight": torch.rand(768), "norm.bias": torch.randn(768)}).items()}, hub / "checkpoints/dinov2_vitb14_reg4_pretrain.pth")
+    fails_clearly(script("sample.py", cwd=tmp_path), "rae", "not the codec this checkpoint was trained with")
 
 
 # ------------------------------------------------------------------------------------------- training

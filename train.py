@@ -17,7 +17,6 @@ import os
 import shutil
 import time
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +24,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from encode import CODECS, autocast, codec_path, find_dataset, load_codec, open_cache, pick_device, prepare, run, write_file
+from encode import CODECS, autocast, codec_path, default_codec, find_dataset, join, load_codec, open_cache, prepare, read_rows, run, write_file
 from fid import evaluate, find_reference, load_extractor, load_reference
 from model import ANGLE_LAWS, CONSISTENCY_TARGETS, PRESETS, SPHERES, Denoiser, ModelConfig, losses, noise_angle
 from sample import CHECKPOINT_FORMAT, load_checkpoint, make_grid, sample_batches, write_png
 
 # What a run is made of, by preset. A flag of the same name overrides one value; all are stored in the checkpoint.
-COMMON = dict(preset="tiny", dataset="shapes", codec="small", seed=0, weight_decay=0.01, grad_clip=1.0, label_dropout=0.1, sphere="global",
+COMMON = dict(preset="tiny", dataset="shapes", codec="small", flip=False, seed=0, weight_decay=0.01, grad_clip=1.0, label_dropout=0.1, sphere="global",
               angle_law="logit_normal", angle_mean=0.0, angle_std=1.0, consistency_weight=0.1, consistency_target="stop", weak_weight=0.0,
               eval_every=0, eval_images=2000, eval_features="inception")
 SETTINGS = {
@@ -85,12 +84,14 @@ def parse_args():
                                      "train.py; with --resume, from the checkpoint.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def preset_value(group, name, kind, text, **more):
-        group.add_argument(name, type=kind, default=argparse.SUPPRESS, help=f"{text} (preset)", **more)
+        group.add_argument(name, **({} if kind is bool else dict(type=kind)), default=argparse.SUPPRESS, help=f"{text} (preset)", **more)
 
     group = parser.add_argument_group("data and place")
-    preset_value(group, "--dataset", str, "shapes, or a folder with one sub-folder of images per class")
-    preset_value(group, "--codec", str, "frozen autoencoder; small: 32x32 images, small64: 64x64", choices=CODECS)
+    preset_value(group, "--dataset", str, "shapes, flowers, afhq, imagenet, or a folder with one sub-folder of images per class")
+    preset_value(group, "--codec", str, "frozen autoencoder; small: 32x32 images, small64: 64x64, rae: 256x256", choices=CODECS)
+    preset_value(group, "--flip", bool, "train on the mirrored views, too", action=argparse.BooleanOptionalAction)
     group.add_argument("--data_dir", default="data", help="folder that holds datasets and caches")
+    group.add_argument("--weights_dir", help="where the RAE's weights are, instead of torch.hub's folder")
     group.add_argument("--out_dir", help="where to write; default: out/<dataset>")
     group.add_argument("--resume", action="store_true", help="continue the run in out_dir")
     group.add_argument("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
@@ -145,24 +146,20 @@ def parse_args():
 def main():
     args, given = parse_args()
 
-    # devices and processes: torchrun sets RANK, WORLD_SIZE and LOCAL_RANK
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world > 1:                                                  # the others wait long while rank 0 encodes
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    rank, world, device = join(args.device)
     master = rank == 0
+    if args.weights_dir:
+        torch.hub.set_dir(args.weights_dir)
 
     # settings: the preset's, or the checkpoint's, then the command line's
-    settings, checkpoint = SETTINGS[given.get("preset", COMMON["preset"])] | given, None
+    defaults = dict(codec=default_codec(given.get("dataset", COMMON["dataset"])))
+    settings, checkpoint = SETTINGS[given.get("preset", COMMON["preset"])] | defaults | given, None
     found = None if args.out_dir else find_dataset(settings["dataset"], args.data_dir)
     out_dir = Path(args.out_dir or Path("out") / found["name"])
     if args.resume:
         checkpoint = load_checkpoint(out_dir / "ckpt.pt")
         settings = checkpoint["settings"] | given
-        for name in ("preset", "codec", "dataset", "sphere", "max_angle", "batch_size", "seed"):
+        for name in ("preset", "codec", "flip", "dataset", "sphere", "max_angle", "batch_size", "seed"):
             if settings[name] != checkpoint["settings"][name]:
                 raise ValueError(f"{out_dir / 'ckpt.pt'}: was trained with --{name} {checkpoint['settings'][name]}, not {settings[name]}; "
                                  "resume it with its own settings, or start anew with another --out_dir")
@@ -173,10 +170,10 @@ def main():
 
     # data: labels and a memory map of latents
     found = found or find_dataset(s.dataset, args.data_dir)
-    prepare(found, s.codec, args.data_dir, device, args.workers, args.skip_bad)
+    prepare(found, s.codec, args.data_dir, device, args.workers, args.skip_bad, s.flip)
     weights = codec_path(s.codec, found["name"], args.data_dir)
     codec = load_codec(s.codec, weights, device) if master else None                              # checks the cache, draws the samples
-    latents, all_labels, meta = open_cache(found, s.codec, args.data_dir, codec)
+    latents, all_labels, meta = open_cache(found, s.codec, args.data_dir, codec, s.flip)
     usable = np.flatnonzero(all_labels >= 0)
     if checkpoint and checkpoint["cache_sha256"] != meta["sha256"]:
         raise ValueError(f"{out_dir / 'ckpt.pt'}: was trained on other latents than {args.data_dir}/{found['name']}/{s.codec} holds now; "
@@ -261,7 +258,7 @@ def main():
         stratified = (torch.arange(s.batch_size, device=device) + u[0]) / s.batch_size
         angle = noise_angle(stratified, s.angle_law, s.max_angle, s.angle_mean, s.angle_std)[mine]                   # (B,)
         rows = usable[batch_indexes(len(usable), s.batch_size, step, s.seed)[mine]]
-        z = torch.from_numpy(latents[rows]).to(device, non_blocking=True).float()                                   # (B, T, C)
+        z = read_rows(latents, rows).to(device, non_blocking=True).float()                                   # (B, T, C)
         labels = torch.from_numpy(all_labels[rows]).to(device).masked_fill(u[1, mine] < s.label_dropout, config.num_classes)
 
         lr = learning_rate(step, s.lr, s.warmup, s.max_steps)
