@@ -27,7 +27,6 @@ import sys
 import tarfile
 import tempfile
 import time
-import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -245,7 +244,7 @@ FLOWERS = """pink primrose, hard-leaved pocket orchid, canterbury bells, sweet p
     black-eyed susan, silverbush, californian poppy, osteospermum, spring crocus, bearded iris, windflower, tree poppy, gazania, azalea,
     water lily, rose, thorn apple, morning glory, passion flower, lotus, toad lily, anthurium, frangipani, clematis, hibiscus, columbine,
     desert-rose, tree mallow, magnolia, cyclamen, watercress, canna lily, hippeastrum, bee balm, ball moss, foxglove, bougainvillea, camellia,
-    mallow, mexican petunia, bromelia, blanket flower, trumpet creeper, blackberry lily""".replace("\n   ", "").split(", ")                # the labels 1 to 102
+    mallow, mexican petunia, bromelia, blanket flower, trumpet creeper, blackberry lily""".replace("\n   ", "").split(", ")    # the labels 1 to 102
 
 
 def download(url, path, md5=None):
@@ -316,9 +315,37 @@ def obtain(dataset, folder):
             unpack(path, folder, inner)
 
 
+def flower_images(folder):
+    """Oxford's jpg/image_00001.jpg... and their labels: (classes, labels, paths)."""
+    paths, file = sorted(str(path) for path in (folder / "jpg").glob("*.jpg")), folder / "imagelabels.mat"
+    try:
+        numbers, labels = np.unique(scipy.io.loadmat(file)["labels"].ravel().astype(int), return_inverse=True)
+        classes = [FLOWERS[number - 1] for number in numbers]
+    except Exception as error:                                     # scipy raises many kinds on a broken file
+        raise ValueError(f"{file}: cannot be read as Oxford's labels ({error}); delete it and run the command again to fetch it anew") from error
+    if len(labels) != len(paths):
+        raise ValueError(f"{file}: has {len(labels)} labels for the {len(paths)} images in {folder / 'jpg'}; "
+                         "delete both and run the command again to fetch them anew")
+    return classes, labels, paths
+
+
+def folder_images(folder):
+    """The images of a folder with one sub-folder per class: (classes, labels, paths)."""
+    classes, labels, paths = [], [], []
+    for sub in sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] not in "._" and not (f / "meta.json").exists()):    # caches
+        found = sorted(os.path.join(place, file) for place, _, files in os.walk(sub) for file in files
+                       if file.lower().endswith(SUFFIXES) and file[0] != ".")
+        if not found:
+            raise ValueError(f"{sub}: holds no images ({' '.join(SUFFIXES)}); add some or remove the folder")
+        labels += [len(classes)] * len(found)
+        classes.append(sub.name)
+        paths += found
+    return classes, labels, paths
+
+
 def find_dataset(dataset, data_dir="data"):
-    """Look a dataset up without reading its images: "shapes", "flowers" and "afhq" (downloaded if need be), "imagenet" (under data_dir),
-    a folder with one sub-folder per class, or such a folder in data_dir.
+    """Look a dataset up without reading its images: "shapes", "flowers" or "afhq" (downloaded if need be), "imagenet" (the user's, in data_dir),
+    or a folder with one sub-folder per class.
 
     Returns a dict: name (of its place under data_dir and out/), classes, labels (N,) int64, paths (N strings, or None for shapes) and
     source, a digest of the file names and sizes. Raises OSError or ValueError with what is missing.
@@ -326,44 +353,21 @@ def find_dataset(dataset, data_dir="data"):
     if dataset == "shapes":
         labels = np.arange(SHAPES_COUNT) % len(SHAPES)
         return dict(dataset=dataset, name=dataset, classes=list(SHAPES), labels=labels, paths=None, source=f"drawn {SHAPES_COUNT}")
-    folder = Path(data_dir) / dataset
+    home = Path(data_dir) / dataset
     if dataset in DOWNLOADS:
-        first(lambda: obtain(dataset, folder))
-    if dataset == "flowers":
-        paths = sorted(str(path) for path in (folder / "jpg").glob("*.jpg"))
-        try:
-            numbers = scipy.io.loadmat(folder / "imagelabels.mat")["labels"].ravel().astype(np.int64)      # 1 to 102
-            chosen, labels = np.unique(numbers, return_inverse=True)
-            classes = [FLOWERS[number - 1] for number in chosen]
-        except Exception as error:                                 # scipy raises many kinds on a broken file
-            raise ValueError(f"{folder / 'imagelabels.mat'}: cannot be read as Oxford's labels ({error}); "
-                             "delete it and run the command again to fetch it anew") from error
-        if len(labels) != len(paths):
-            raise ValueError(f"{folder / 'imagelabels.mat'}: has {len(labels)} labels for the {len(paths)} images in {folder / 'jpg'}; "
-                             "delete both and run the command again to fetch them anew")
-        name = dataset
-    else:
-        candidates = [folder / "train", folder] if dataset in PUBLISHED else [Path(dataset), folder]
-        root = next((f for f in candidates if f.is_dir()), None)
-        if dataset == "imagenet" and root is None:
-            raise FileNotFoundError(f"{folder}: ImageNet is not there; get ILSVRC2012_img_train.tar from https://image-net.org, unpack it to one "
-                                    f"sub-folder per class (n01440764, ...), and link that: ln -s /path/to/train {folder}")
-        if root is None:
-            raise FileNotFoundError(f"{dataset}: no such dataset; give shapes, flowers, afhq, imagenet, or a folder with one sub-folder of images per class")
-        resolved = root.resolve()
-        inside = Path(data_dir).resolve()                          # data/flowers12/train is called flowers12-train
+        first(lambda: obtain(dataset, home))
+    folder = next((f for f in ([home / "train", home] if dataset in PUBLISHED else [Path(dataset), home]) if f.is_dir()), None)
+    if folder is None and dataset == "imagenet":
+        raise FileNotFoundError(f"{home}: ImageNet is not there; get ILSVRC2012_img_train.tar from https://image-net.org, unpack it to one sub-folder "
+                                f"per class (n01440764, ...), and link that: mkdir -p {home} && ln -s /path/to/it {home / 'train'}")
+    if folder is None:
+        raise FileNotFoundError(f"{dataset}: no such dataset; give shapes, flowers, afhq, imagenet, or a folder with one sub-folder of images per class")
+    name, resolved, inside = dataset, folder.resolve(), Path(data_dir).resolve()
+    if dataset not in PUBLISHED:                                   # data/flowers12/train is called flowers12-train
         parts = resolved.relative_to(inside).parts if resolved.is_relative_to(inside) else resolved.parts[-2:]
-        name = dataset if dataset in PUBLISHED else "-".join(part for part in parts if part.strip("/\\"))
+        name = "-".join(part for part in parts if part.strip("/\\"))
         name = f"{name}-folder" if name == "shapes" else name
-        classes, labels, paths, folder = [], [], [], root
-        for sub in sorted(f for f in root.iterdir() if f.is_dir() and f.name[0] not in "._" and not (f / "meta.json").exists()):    # caches
-            found = sorted(os.path.join(place, file) for place, _, files in os.walk(sub) for file in files
-                           if file.lower().endswith(SUFFIXES) and file[0] != ".")
-            if not found:
-                raise ValueError(f"{sub}: holds no images ({' '.join(SUFFIXES)}); add some or remove the folder")
-            labels += [len(classes)] * len(found)
-            classes.append(sub.name)
-            paths += found
+    classes, labels, paths = flower_images(folder) if dataset == "flowers" else folder_images(folder)
     if not paths:
         raise ValueError(f"{folder}: holds no images; expected one sub-folder per class with {' '.join(SUFFIXES)} files in it")
     listing = "\n".join(f"{os.path.relpath(path, folder)} {os.path.getsize(path)} {label}" for path, label in zip(paths, labels))
@@ -491,7 +495,7 @@ class RAE(nn.Module):
             return torch.hub.load_state_dict_from_url(url, file_name=path.name, map_location="cpu", check_hash=True, weights_only=True)
 
         try:
-            at = "code" if not files["code"][1].is_dir() else "encoder"
+            at = "encoder"
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")                    # xFormers is not available
                 self.encoder = torch.hub.load("facebookresearch/dinov2:main", entry, skip_validation=True, verbose=False)
@@ -511,7 +515,7 @@ class RAE(nn.Module):
         except Exception as error:                                 # urllib, zipfile, pickle, torch.load, load_state_dict: many kinds
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise OSError(error.errno, error.strerror, str(hub)) from error
-            if at == "encoder" and isinstance(error, (ImportError, FileNotFoundError)):
+            if at == "encoder" and (isinstance(error, (ImportError, FileNotFoundError)) or not files["code"][1].is_dir()):
                 at = "code"
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             missing = [f"{url} -> {path}" for url, path in files.values() if not path.exists()]
@@ -729,7 +733,7 @@ def open_cache(found, codec_name, data_dir="data", codec=None, flip=False):
         raise ValueError(f"{folder}: was made with another codec than {codec_path(codec_name, found['name'], data_dir) or codec_name}{mend}")
     if meta["source"] != found["source"]:
         raise ValueError(f"{folder}: was made from other images than {found['dataset']} holds now{mend}")
-    if flip and not meta["flip"]:
+    if flip and not meta.get("flip"):
         raise ValueError(f"{folder}: has no mirrored views, as --flip asks for{mend}")
     return latents, labels, meta
 
@@ -792,20 +796,24 @@ def encode_share(found, codec, temporary, plan, workers, skip_bad, dtype):
         """Write a batch, and then that it is done."""
         if ready:
             ready.synchronize()
-        for view in range(views):
-            row = view * n + start
-            file.seek(layout.offset + row * layout[0].nbytes)
-            file.write(z[view].numpy())
-            labels[row:row + z.shape[1]] = found["labels"][start:start + z.shape[1]]
-            labels[row + np.array(bad, int)] = -1
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            for view in range(views):
+                row = view * n + start
+                file.seek(layout.offset + row * layout[0].nbytes)
+                left = memoryview(z[view].numpy()).cast("B")
+                while left:
+                    left = left[file.write(left):]
+                labels[row:row + z.shape[1]] = found["labels"][start:start + z.shape[1]]
+                labels[row + np.array(bad, int)] = -1
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; what has been encoded is kept", file.name) from error
         labels.flush()
         moments[start // batch_size] = sums.numpy()
         moments.flush()
 
     writing, mine = None, sum(min(batch_size, n - start) for start in todo)
-    with open(temporary / "latents.npy", "r+b") as file, ThreadPoolExecutor(1) as writer, tqdm(
+    with open(temporary / "latents.npy", "r+b", buffering=0) as file, ThreadPoolExecutor(1) as writer, tqdm(
             total=mine, desc=f"encoding {found['name']}", unit="image", mininterval=1, disable=rank > 0) as bar:
         for start, images, bad in read_images(found, codec.image_size, batch_size, workers, skip_bad, todo):
             x = to_float(images, device)

@@ -1,5 +1,6 @@
 """What the project promises, checked on a CPU without network in about a minute: python -m pytest -q"""
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -394,6 +395,24 @@ def test_killed_encoding_keeps_the_earlier_cache_and_goes_on_without_encoding_an
     assert (cache / "latents.npy").read_bytes() == resumed and seen[3:] == [5, 5, 2]
     encode.open_cache(found, "small", codec=codec)
     assert sorted(file.name for file in cache.parent.iterdir()) == ["disc", "plain", "small", "small.pt"]
+
+
+def test_full_disk_while_encoding_names_the_file_and_keeps_what_is_done(copied, monkeypatch):
+    shutil.rmtree(copied / "data/photos/small")
+    calls, real = [], os.fsync
+
+    def full(number):
+        calls.append(number)
+        if len(calls) == 3:                                        # the plan, the first batch, the second
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(number)
+
+    run = lambda: script("encode.py", "--dataset", "photos", "--batch_size", 5, "--workers", 1, cwd=copied)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        fails_clearly(run(), ".small.tmp/latents.npy", "No space left", "is kept", "free some disk space and run the command again")
+    assert np.isnan(np.load(copied / "data/photos/.small.tmp/moments.npy")).any((1, 2)).tolist() == [False, True, True]
+    assert run()[0] == 0
 
 
 def test_an_unfinished_cache_of_another_codec_is_not_continued(copied, monkeypatch):
