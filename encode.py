@@ -911,7 +911,7 @@ def bench(found, codec_name, codec, data_dir, batch_size, workers, dtype):
     times = max(8, min(200, round(30 * rate(codec.encode, x, 1) / batch_size)))                    # half a minute or so
     bare, decoded = rate(codec.encode, x, times), rate(codec.decode, codec.encode(x), 1)
     chosen = np.resize(np.arange(len(found["labels"])), times * batch_size)
-    some = found | dict(labels=found["labels"][chosen], paths=found["paths"] and [found["paths"][i] for i in chosen])
+    some = found | dict(dataset="bench", classes=["any"], labels=np.zeros(len(chosen), int), paths=found["paths"] and [found["paths"][i] for i in chosen])
     with tempfile.TemporaryDirectory(dir=data_dir) as folder, contextlib.redirect_stdout(None):
         started = time.time()
         write_cache(some, codec_name, codec, folder, batch_size, workers, skip_bad=True, dtype=dtype)

@@ -477,7 +477,7 @@ def test_reconstruct_writes_pairs_and_prints_their_psnr(copied):
     fails_clearly(script("encode.py", "--reconstruct", "nowhere", "--codec", "small", cwd=copied), "nowhere", "no such image")
 
 
-def test_encode_bench_prints_the_rate_alone_and_with_reading_and_writing(copied, monkeypatch):
+def test_encode_bench_prints_the_rate_alone_and_with_reading_and_writing(copied):
     status, text = script("encode.py", "--dataset", "photos", "--bench", "--batch_size", 2, "--workers", 1, cwd=copied)
     bare, whole = (float(x) for x in re.search(r"bare encoder ([\d.]+) images/s, from files to the cache ([\d.]+)", text).groups())
     assert status == 0 and 0 < whole < bare, text
