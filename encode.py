@@ -118,6 +118,7 @@ def join(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)                # its backward has given NaN in bf16 on H100
     if world > 1 and not dist.is_initialized():                    # the others wait long while rank 0 downloads
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return rank, world, device

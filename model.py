@@ -139,8 +139,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width)
         self.adaln = nn.Linear(width, 6 * width)
 
-    def forward(self, x, y):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(y).unsqueeze(1).chunk(6, dim=2)  # 6 x (B, 1, D)
+    def forward(self, x, modulation):
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=2)                  # 6 x (B, 1, D)
         x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
         x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         return x
@@ -172,14 +172,29 @@ class Denoiser(nn.Module):
         for layer in [block.adaln for block in self.blocks] + [self.adaln, self.out]:
             nn.init.zeros_(layer.weight)                           # adaLN-zero: every block begins as the identity
 
+    def modulation(self, labels):
+        """All that the class decides: the shifts, scales and gates of every block, (B, 1, 6 D), and of the output, (B, 1, 2 D)."""
+        y = F.silu(self.classes(labels)).unsqueeze(1)                                              # (B, 1, D)
+        return [layer(y) for layer in [block.adaln for block in self.blocks] + [self.adaln]]
+
     def forward(self, z, labels):
-        """Predict the clean latent. z: (B, T, C) on the sphere; labels: (B,) int64, num_classes for none -> (B, T, C)."""
-        y = F.silu(self.classes(labels))                                                           # (B, D)
+        """Predict the clean latent. z: (B, T, C) on the sphere; labels: (B,) int64, num_classes for none, or their `modulation` -> (B, T, C)."""
+        *modulations, last = labels if isinstance(labels, list) else self.modulation(labels)
         x = self.embed(z) + self.position                                                          # (B, T, D)
-        for block in self.blocks:
-            x = block(x, y)
-        shift, scale = self.adaln(y).unsqueeze(1).chunk(2, dim=2)                                  # 2 x (B, 1, D)
+        for block, modulation in zip(self.blocks, modulations):
+            x = block(x, modulation)
+        shift, scale = last.chunk(2, dim=2)                                                        # 2 x (B, 1, D)
         return self.out(self.norm(x) * (1 + scale) + shift)                                        # (B, T, C)
+
+
+def flops(config):
+    """Floating-point operations of one image's forward pass, a multiply and an add counting as two.
+
+    Matrix products only: 2 * weights * tokens, the class's adaLN layers once per image, and 4 T^2 D per layer for attention.
+    """
+    T, D, hidden = config.tokens, config.width, 8 * round(config.width / 3)
+    block = 2 * T * (4 * D * D + 3 * D * hidden) + 4 * T * T * D + 2 * 6 * D * D
+    return config.depth * block + 2 * T * 2 * config.channels * D + 2 * 2 * D * D
 
 
 def sincos_2d(tokens, width):
@@ -266,7 +281,8 @@ def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=F
         shape = (1 if same_noise else steps, len(labels), config.tokens, config.channels)
         noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
     noise = noise.expand(steps, *noise.shape[-3:])                                                 # (steps, B, T, C)
-    null = torch.full_like(labels, config.num_classes)
+    y = labels if cfg_scale == 1 else torch.cat([labels, torch.full_like(labels, config.num_classes)])
+    y = model.modulation(y) if isinstance(model, Denoiser) else y                                  # the same at every step
     v = to_sphere(noise[0], config.sphere) * (math.tan(limit) if config.sphere == "none" else 1)
     outputs = []
     for step in range(steps):
@@ -274,9 +290,9 @@ def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=F
             r = 1 - step / steps if strength == "falling" else 1
             v = rotate(x, noise[step], math.atan(r * math.tan(limit)), config.sphere)
         if cfg_scale == 1:
-            x = model(v, labels).float()
+            x = model(v, y).float()
         else:
-            x = guide(*model(torch.cat([v, v]), torch.cat([labels, null])).float().chunk(2), cfg_scale, cfg_mode)
+            x = guide(*model(torch.cat([v, v]), y).float().chunk(2), cfg_scale, cfg_mode)
         if step == steps - 1:
             x = to_sphere(x, config.sphere) if project_last else x
         elif pixel_loop is not None:
@@ -289,4 +305,4 @@ if __name__ == "__main__":
     for name, preset in PRESETS.items():
         with torch.device("meta"):
             model = Denoiser(ModelConfig(**preset))
-        print(f"{name:5s}{sum(t.numel() for t in model.state_dict().values()):13,d} numbers  {preset}")
+        print(f"{name:5s}{sum(t.numel() for t in model.state_dict().values()):13,d} numbers  {flops(model.config) / 1e9:6.1f} GFLOP an image  {preset}")

@@ -107,6 +107,13 @@ def make_grid(images, captions, columns):
     return grid
 
 
+def make_filmstrip(strips, names):
+    """A grid whose rows are images (steps, N, S, S, 3) uint8 and whose columns are steps. Returns a PIL image."""
+    steps, number = strips.shape[:2]
+    captions = [f"{name}, {step + 1}" for name in names[:number] for step in range(steps)]
+    return make_grid(strips.swapaxes(0, 1).reshape(-1, *strips.shape[2:]), captions, steps)
+
+
 def write_png(path, image):
     """Write a PIL image safely."""
     write_file(path, partial(image.save, format="PNG"))
@@ -201,8 +208,7 @@ def main():
                              project_last=args.project_last, pixel_loop=codec if args.pixel_loop else None, return_all=args.filmstrip)
     if args.filmstrip:
         strips = np.concatenate(list(batches), axis=1)                                             # (steps, N, S, S, 3)
-        captions = [f"{names[y]}, {step + 1}" for y in labels for step in range(args.steps)]
-        write_png(out, make_grid(strips.swapaxes(0, 1).reshape(-1, *strips.shape[2:]), captions, args.steps))
+        write_png(out, make_filmstrip(strips, [names[y] for y in labels]))
     elif kind == ".png":
         columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(number))
         write_png(out, make_grid(np.concatenate(list(batches)), [names[y] for y in labels], min(columns, number)))

@@ -1,4 +1,5 @@
 """What the project promises, checked on a CPU without network in about a minute: python -m pytest -q"""
+import argparse
 import contextlib
 import errno
 import functools
@@ -9,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -21,6 +23,8 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
+import torch.nn.attention
+import torch.utils.flop_counter
 from PIL import Image
 
 import encode
@@ -165,6 +169,15 @@ def test_denoiser_starts_at_zero_and_sees_class_place_and_all_tokens():
     moved = z.clone()
     moved[:, 0] += 1
     assert ((denoiser(moved, y) - out).abs().amax(2) > 1e-6).all()                            # attention reaches every token
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(tokens=64, channels=48, width=64, depth=3)])
+def test_flops_are_those_that_torch_counts(shape):
+    config = model.ModelConfig(**TINY | shape)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model.Denoiser(config)(torch.randn(1, config.tokens, config.channels), torch.tensor([1]))
+    assert counter.get_total_flops() == model.flops(config)
+    assert round(model.flops(model.ModelConfig(**model.PRESETS["XL"])) / 1e9) == 238
 
 
 def test_positions_tell_rows_from_columns():
@@ -828,32 +841,113 @@ def test_a_new_run_sets_an_earlier_one_aside(copied):
     assert (out / "earlier_1" / "ckpt.pt").read_bytes() == before
 
 
+def assert_same_curve(one, two):
+    """Two runs' logs agree up to rounding, but for their speed."""
+    for (header, one), (_, two) in zip(read_log(one), read_log(two), strict=True):
+        for name, x, y in zip(header, one, two):
+            assert name in ("images_per_s", "mfu") or float(x) == pytest.approx(float(y), rel=1e-3, nan_ok=True), name
+
+
 def test_two_processes_train_as_one_does(copied):
     """The same batch, noise and order, split over two CPU processes: equal losses up to rounding."""
     status, text = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py", "--dataset", "photos",
                            *RUN, "--max_steps", 12, "--out_dir", "out/two", cwd=copied)
     assert status == 0, text
-    for (header, one), (_, two) in zip(read_log(copied / "out/photos"), read_log(copied / "out" / "two"), strict=True):
-        for name, x, y in zip(header, one, two):
-            assert name == "images_per_s" or float(x) == pytest.approx(float(y), rel=1e-3, nan_ok=True), name
+    assert_same_curve(copied / "out/photos", copied / "out/two")
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(copied, monkeypatch):
-    real = train.losses
-    calls = []
+def nan_losses(monkeypatch, *calls):
+    """Make the losses of these calls, counted from 1, nan."""
+    real, count = train.losses, []
 
     def losses(*arguments, **options):
-        calls.append(1)
-        total, *parts = real(*arguments, **options)
-        return total * (math.nan if len(calls) == 6 else 1), *parts
+        count.append(1)
+        total, *terms = real(*arguments, **options)
+        return (total * math.nan if len(count) in calls else total, *terms)
 
-    monkeypatch.chdir(copied)
     monkeypatch.setattr(train, "losses", losses)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", "photos", *map(str, RUN), "--max_steps", "12", "--out_dir", "out/nan"])
-    with pytest.raises(ValueError, match="not finite at step 5.*--resume"):
-        train.main()
-    checkpoint = torch.load(copied / "out" / "nan" / "ckpt.pt", weights_only=True)
-    assert checkpoint["step"] == 4 and all(torch.isfinite(t).all() for t in checkpoint["model"].values())
+
+
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(monkeypatch):
+    s = argparse.Namespace(**train.settings_of(dict(batch_size=6)))
+    config = model.ModelConfig(**TINY)
+
+    def weights_after(*bad, steps):
+        with monkeypatch.context() as patch:
+            nan_losses(patch, *bad)
+            net, ddp, ema, optimizer = train.make_model(config, s, torch.device("cpu"), 1, False)
+            for step in steps:
+                noise, angle, nearer, _ = train.draw(step, s, config, "cpu")
+                z = torch.randn(6, 16, 32, generator=torch.Generator().manual_seed(step))
+                train.train_step(ddp, ema, optimizer, 9, s, z, torch.arange(6) % 3, noise, angle, nearer, contextlib.nullcontext)
+        return net.state_dict(), [state[name] for state in optimizer.state.values() for name in sorted(state)]
+
+    assert all(torch.equal(x, y) for x, y in zip(weights_after(steps=[0, 2])[0].values(), weights_after(2, steps=[0, 1, 2])[0].values(), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(weights_after(steps=[0, 2])[1], weights_after(2, steps=[0, 1, 2])[1], strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(weights_after(steps=[0, 2])[0].values(), weights_after(steps=[0, 1, 2])[0].values()))
+
+
+def test_bad_steps_are_skipped_and_counted_and_ten_in_a_row_end_the_run(copied, monkeypatch):
+    with monkeypatch.context() as patch:
+        nan_losses(patch, 6)
+        status, text = train_again(copied)
+    header, *rows = [line.split(",") for line in (copied / "out/again/log.csv").read_text().splitlines()]
+    assert status == 0 and "1 skipped" in text and [row[header.index("skipped")] for row in rows] == ["0", "1", "0"], text
+    assert all(math.isfinite(float(row[1])) for row in rows)
+    with monkeypatch.context() as patch:
+        nan_losses(patch, *range(7, 30))
+        fails_clearly(train_again(copied, "--max_steps", 30, "--out_dir", "out/nan"), "in 10 steps in a row, before step 16", "ckpt.pt", "--resume --lr")
+    checkpoint = torch.load(copied / "out/nan/ckpt.pt", weights_only=True)
+    assert checkpoint["step"] == 12 and all(torch.isfinite(t).all() for t in checkpoint["model"].values())
+    assert train_again(copied, "--max_steps", 30, "--out_dir", "out/nan", "--resume", "--lr", 1e-4)[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_the_run_which_goes_on_as_if_nothing_had_been(copied, monkeypatch, number):
+    real, out = train.train_step, copied / "out/again"
+
+    def step_then_signal(model_, ema, optimizer, step, *more):
+        if step == 5:
+            os.kill(os.getpid(), number)
+        return real(model_, ema, optimizer, step, *more)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", step_then_signal)
+        status, text = train_again(copied)
+    assert status == 0 and "stopped at step 6" in text and "--out_dir out/again --resume" in text and signal.getsignal(number) is before, text
+    assert train_again(copied, "--resume")[0] == 0
+    assert checkpoints_equal(out / "ckpt.pt", copied / "out/photos/ckpt.pt")
+
+
+def test_keep_keeps_the_last_checkpoints_under_their_numbers(copied):
+    status, text = train_again(copied, "--keep", 2, "--save_every", 3)
+    assert status == 0 and sorted(file.name for file in (copied / "out/again").glob("ckpt*")) == ["ckpt.pt", "ckpt_000009.pt", "ckpt_000012.pt"], text
+    assert torch.load(copied / "out/again/ckpt_000009.pt", weights_only=True)["step"] == 9
+
+
+def test_parts_one_after_the_other_follow_the_curve_of_the_whole_batch(copied):
+    assert train_again(copied, "--accumulate", 4)[0] == 0
+    assert_same_curve(copied / "out/photos", copied / "out/again")
+    fails_clearly(train_again(copied, "--accumulate", 3), "--batch_size 8", "multiple of 3")
+
+
+def test_live_encoding_trains_as_the_cache_does_and_resumes(copied, monkeypatch):
+    shutil.rmtree(copied / "data/photos/small")
+    monkeypatch.setattr(train, "learning_rate", lambda step, lr, warmup, _, real=train.learning_rate: real(step, lr, warmup, 12))
+    assert train_again(copied, "--live", "--max_steps", 8)[0] == 0
+    assert train_again(copied, "--live", "--max_steps", 12, "--resume")[0] == 0
+    assert not (copied / "data/photos/small").exists()
+    assert_same_curve(copied / "out/photos", copied / "out/again")
+    fails_clearly(train_again(copied, "--live", "--dataset", "shapes"), "--live", "leave it out")
+
+
+def test_live_encoding_names_or_replaces_unreadable_images(copied):
+    bad = copied / "data/photos/disc/2.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    fails_clearly(train_again(copied, "--live"), bad.name, "--skip_bad")
+    status, text = train_again(copied, "--live", "--skip_bad", "--flip")
+    assert status == 0 and text.count("skipped data/photos/disc/2.png") == 1, text
 
 
 def test_resuming_with_other_settings_or_without_a_checkpoint_is_refused(copied):
