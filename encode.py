@@ -63,6 +63,10 @@ def run(main):
         sys.exit(f"error: {f'{error.filename}: {error.strerror}' if error.filename else error}{full}")
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not dist.is_initialized() or "onnection" not in str(error):
+            raise
+        sys.exit(f"error: process {dist.get_rank()} has lost another one, whose own message says why ({str(error).splitlines()[0][:150]})")
     except KeyboardInterrupt:
         sys.exit("interrupted; every file already written is whole")
 
@@ -344,6 +348,12 @@ def folder_images(folder):
     return classes, labels, paths
 
 
+def quiet_worker():
+    """How worker processes take signals: Ctrl-C is the main process's business, and it must be able to end them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def find_dataset(dataset, data_dir="data"):
     """Look a dataset up without reading its images: "shapes", "flowers" or "afhq" (downloaded if need be), "imagenet" (the user's, in data_dir),
     or a folder with one sub-folder per class.
@@ -391,7 +401,7 @@ def read_images(found, size, batch_size, workers=0, skip_bad=False, starts=None)
                 batch = np.stack([np.asarray(center_crop(Image.fromarray(x), size)) for x in batch])
             yield start, batch, []
         return
-    with multiprocessing.Pool(max(1, workers), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with multiprocessing.Pool(max(1, workers), quiet_worker) as pool:
         ask = lambda starts: pool.map_async(partial(try_load_image, size=size), found["paths"][starts[0]:starts[0] + batch_size]) if starts else None
         ahead = ask(starts)
         for number, start in enumerate(starts):

@@ -4,23 +4,28 @@
     python sample.py --classes star ring --cfg_scale 2 --seed 7 --out stars.png
     python sample.py --num_images 10000 --out samples.npz        # as the ADM evaluator (and fid.py) reads it
     python sample.py --num_images 500 --out samples/             # numbered PNGs
+    torchrun --nproc_per_node=8 sample.py --num_images 50000 --out samples.npz    # the same images, sooner
     python sample.py --filmstrip                                 # the same start after 1, 2, ... steps
+    python sample.py --bench                                     # images/s: denoising, decoding, guidance, 1 to 6 steps, through pixels
 
 Image i of a seed is always made from the same noise, however many are asked for and whatever the batch size.
 """
 import argparse
 import math
+import time
 import zipfile
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from encode import autocast, codec_path, fingerprint, load_codec, pick_device, run, to_uint8, write_file
-from model import Denoiser, ModelConfig, generate
+from encode import autocast, codec_path, fingerprint, join, load_codec, run, to_uint8, write_file
+from model import Denoiser, ModelConfig, flops, generate
 
 CHECKPOINT_FORMAT = 1
 
@@ -73,21 +78,35 @@ def draw_noise(seed, indexes, shape):
     return torch.stack([one(i) for i in indexes])
 
 
-def sample_batches(model, codec, labels, batch_size, device, seed=0, dtype="auto", progress=True, **options):
+def sample_batches(model, codec, labels, batch_size, device, seed=0, dtype="auto", progress=True, group=None, **options):
     """Generate and decode images for labels (N,) in batches; options go to `generate`.
 
+    group: processes that share the batches; the first one gets all images, the others yield nothing.
     Yields (B, S, S, 3) uint8 arrays in order, or with return_all=True (steps, B, S, S, 3).
     """
     steps = 1 if options.pop("same_noise", False) else options.get("steps", 4)
-    with tqdm(total=len(labels), desc="sampling", unit="image", disable=not progress) as bar:
-        for start in range(0, len(labels), batch_size):
-            y = labels[start:start + batch_size]
-            noise = draw_noise(seed, range(start, start + len(y)), (steps, *codec.latent_shape))   # (B, steps, T, C)
-            with torch.no_grad(), autocast(device, dtype):
-                z = generate(model, y.to(device), noise=noise.transpose(0, 1).to(device), **options)
-                images = to_uint8(codec.decode(z.flatten(0, -3)))                                  # (steps * B, S, S, 3)
-            bar.update(len(y))
-            yield images.reshape(*z.shape[:-2], *images.shape[1:])
+    rank, world = (group.rank(), group.size()) if group else (0, 1)
+
+    def draw_batch(start):
+        y = labels[start:start + batch_size]
+        if not len(y):
+            return None
+        noise = draw_noise(seed, range(start, start + len(y)), (steps, *codec.latent_shape))       # (B, steps, T, C)
+        with torch.no_grad(), autocast(device, dtype):
+            z = generate(model, y.to(device), noise=noise.transpose(0, 1).to(device), **options)
+            images = to_uint8(codec.decode(z.flatten(0, -3)))                                      # (steps * B, S, S, 3)
+        return images.reshape(*z.shape[:-2], *images.shape[1:])
+
+    with tqdm(total=len(labels), desc="sampling", unit="image", disable=not progress or rank > 0) as bar:
+        for start in range(0, len(labels), batch_size * world):
+            batches = [draw_batch(start + rank * batch_size)]
+            if world > 1:
+                mine, batches = batches[0], [None] * world
+                dist.gather_object(mine, batches if rank == 0 else None, group=group)
+            for images in batches if rank == 0 else []:
+                if images is not None:
+                    bar.update(images.shape[-4])
+                    yield images
 
 
 def make_grid(images, captions, columns):
@@ -150,6 +169,40 @@ def choose_classes(names, classes):
     return chosen
 
 
+@torch.no_grad()
+def bench(model, codec, batch_size, device, dtype):
+    """Print images/s of denoising and of decoding, for steps and guidance, in latents and through pixels, and what both cost by count."""
+    y, z = torch.arange(batch_size, device=device) % model.config.num_classes, torch.randn(batch_size, *codec.latent_shape, device=device)
+
+    def seconds(work):
+        with autocast(device, dtype):
+            work().sum().item()                                    # warms up, and waits for the device
+            started, times = time.time(), 0
+            while times < 3 or (time.time() - started < 1 and times < 20):
+                work().flatten()[0].item()
+                times += 1
+        return (time.time() - started) / times
+
+    def cost(work):
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops()
+
+    image = codec.decode(z[:1])
+    decode, encode = cost(lambda: codec.decode(z[:1])), cost(lambda: codec.encode(image))
+    decoding = seconds(lambda: codec.decode(z))
+    print(f"{device.type}, batch {batch_size}: one forward {flops(model.config) / 1e9:.3f} GFLOP an image, decode {decode / 1e9:.3f}, encode {encode / 1e9:.3f}; "
+          f"decoding {batch_size / decoding:.1f} images/s\n"
+          "steps  guidance    denoising      in all     GFLOP   through pixels     GFLOP   ratio of times   of GFLOP")
+    for steps in (1, 2, 4, 6):
+        for scale in (1.0, 2.0):
+            latent, pixel = (seconds(lambda: generate(model, y, steps, scale, pixel_loop=loop)) for loop in (None, codec))
+            here = steps * (1 + (scale > 1)) * flops(model.config) + decode
+            there = here + (steps - 1) * (decode + encode)
+            print(f"{steps:5d}  {'yes' if scale > 1 else 'no':>8} {batch_size / latent:9.1f} /s {batch_size / (latent + decoding):9.1f} /s {here / 1e9:9.3f} "
+                  f"{batch_size / (pixel + decoding):13.1f} /s {there / 1e9:9.3f} {(pixel + decoding) / (latent + decoding):16.2f} {there / here:10.2f}")
+
+
 def main():
     parser = argparse.ArgumentParser(usage="python sample.py [flags], see --help",
                                      description="Draw images in a few steps from a trained denoiser.",
@@ -171,6 +224,7 @@ def main():
     how.add_argument("--project_last", action="store_true", help="put the last output on the sphere before decoding")
     how.add_argument("--pixel_loop", action="store_true", help="decode and encode between steps, as Sphere Encoder does")
     machine = parser.add_argument_group("machine")
+    machine.add_argument("--bench", action="store_true", help="time denoising and decoding instead of writing images")
     machine.add_argument("--weights_dir", help="where the RAE's weights are, instead of torch.hub's folder")
     machine.add_argument("--batch_size", type=int, default=100, help="images at a time")
     machine.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -184,10 +238,15 @@ def main():
 
     if args.weights_dir:
         torch.hub.set_dir(args.weights_dir)
-    device = pick_device(args.device)
+    rank, world, device = join(args.device)
+    group = dist.new_group(backend="gloo") if world > 1 else None
     path = args.ckpt or find_checkpoint()
     checkpoint = load_checkpoint(path)
     model, codec = load_model(checkpoint, device), load_codec_of(checkpoint, device)
+    if args.bench:
+        return bench(model, codec, args.batch_size, device, args.dtype)
+    if not args.pixel_loop:
+        codec.encoder = None                                       # not needed from here on
     names = checkpoint["classes"]
     cfg_scale = checkpoint["settings"]["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
     chosen = choose_classes(args.classes, names)
@@ -201,12 +260,15 @@ def main():
         parser.error(f"--out is a .png, an .npz or a folder, got {args.out}")
     if extra := [file.name for file in out.glob("*.png") if file.stem.isdecimal() and int(file.stem) >= number]:
         raise ValueError(f"{out}: holds {len(extra)} images of an earlier run ({extra[0]}, ...); remove the folder or choose another --out")
-    print(f"{path}: step {checkpoint['step']}, {number} images, {args.steps} steps, guidance {cfg_scale:g}, seed {args.seed}, {device.type}")
+    if rank == 0:
+        print(f"{path}: step {checkpoint['step']}, {number} images, {args.steps} steps, guidance {cfg_scale:g}, seed {args.seed}, {device.type}")
 
     batches = sample_batches(model, codec, labels, args.batch_size, device, args.seed, args.dtype, steps=args.steps, cfg_scale=cfg_scale,
                              cfg_mode=args.cfg_mode, strength=args.strength, max_angle=args.max_angle, same_noise=args.same_noise,
-                             project_last=args.project_last, pixel_loop=codec if args.pixel_loop else None, return_all=args.filmstrip)
-    if args.filmstrip:
+                             project_last=args.project_last, pixel_loop=codec if args.pixel_loop else None, return_all=args.filmstrip, group=group)
+    if rank > 0:
+        list(batches)                                              # does its share, and gets nothing back
+    elif args.filmstrip:
         strips = np.concatenate(list(batches), axis=1)                                             # (steps, N, S, S, 3)
         write_png(out, make_filmstrip(strips, [names[y] for y in labels]))
     elif kind == ".png":
@@ -217,7 +279,10 @@ def main():
     else:
         for number, image in enumerate(image for images in batches for image in images):
             write_png(out / f"{number:06d}.png", Image.fromarray(image))
-    print(f"wrote {out}")
+    if rank == 0:
+        print(f"wrote {out}")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

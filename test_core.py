@@ -227,6 +227,11 @@ def test_generate_walks_noise_predict_rotate_predict():
         model.generate(denoiser, y, steps=0)
 
 
+def test_what_the_class_decides_can_be_computed_once():
+    denoiser, y, z = random_denoiser(), torch.tensor([0, 3, 2]), torch.randn(3, 16, 32)
+    assert torch.equal(denoiser(z, denoiser.modulation(y)), denoiser(z, y))
+
+
 def test_guidance_extrapolates_from_the_null_class_along_chord_or_arc():
     denoiser, y, noise = random_denoiser(), torch.tensor([0, 1, 2]), torch.randn(3, 16, 32)
     with torch.no_grad():
@@ -848,12 +853,23 @@ def assert_same_curve(one, two):
             assert name in ("images_per_s", "mfu") or float(x) == pytest.approx(float(y), rel=1e-3, nan_ok=True), name
 
 
-def test_two_processes_train_as_one_does(copied):
-    """The same batch, noise and order, split over two CPU processes: equal losses up to rounding."""
-    status, text = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py", "--dataset", "photos",
+def test_two_processes_train_as_one_does_and_end_equal(copied):
+    """The same batch, noise and order, split over two CPU processes: equal losses up to rounding, equal weights on both."""
+    (copied / "both.py").write_text(f"""import os, sys; sys.path.insert(0, {str(HERE)!r})
+import encode, torch, train
+made, make = [], train.make_model
+train.make_model = lambda *arguments: made.append(make(*arguments)) or made[0]
+encode.run(train.main)
+torch.save([made[0][i].state_dict() for i in (0, 2)], "rank" + os.environ["RANK"])
+""")
+    status, text = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "both.py", "--dataset", "photos",
                            *RUN, "--max_steps", 12, "--out_dir", "out/two", cwd=copied)
-    assert status == 0, text
+    assert status == 0 and "2 x cpu; batch 8 = 2 x 1 x 4" in text, text
     assert_same_curve(copied / "out/photos", copied / "out/two")
+    first, second = (torch.load(copied / f"rank{rank}", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(x[name], y[name]) for x, y in zip(first, second) for name in x)
+    status, text = train_again(copied, "--resume", "--out_dir", "out/two", "--max_steps", 13)
+    assert status == 0 and "was trained by 2 processes and goes on with 1" in text, text
 
 
 def nan_losses(monkeypatch, *calls):
@@ -1000,6 +1016,24 @@ def test_a_seed_makes_the_same_images_whatever_the_batch_size():
         ten = draw(10, **options)
         assert np.abs(ten - draw(3, **options)).max() <= 1                                   # a grey level: matrix products round by size
         assert np.abs(ten - draw(10, seed=1, **options)).max() > 50 and np.abs(ten[0] - ten[3]).max() > 50
+
+
+def test_two_processes_make_the_very_images_that_one_makes(copied):
+    arguments = ("--num_images", 11, "--batch_size", 3)            # batches for both, one left over, the last one short
+    status, text = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "sample.py", *arguments, "--out", "two.npz", cwd=copied)
+    assert status == 0 and text.count("wrote two.npz") == 1, text
+    assert script("sample.py", *arguments, "--out", "one.npz", cwd=copied)[0] == 0
+    assert (copied / "one.npz").read_bytes() == (copied / "two.npz").read_bytes()
+
+
+def test_benches_print_rates_and_shares(copied):
+    status, text = script("sample.py", "--bench", "--batch_size", 2, cwd=copied)
+    rows = [line.split() for line in text.splitlines()[2:]]
+    assert status == 0 and [row[:2] for row in rows] == [[steps, scale] for steps in "1246" for scale in ("no", "yes")], text
+    assert float(rows[0][-1]) == 1 and float(rows[4][-1]) > 1.5    # four steps through pixels decode three more times
+    status, text = script("train.py", "--bench", "--latent", "16x8", "--batch_size", 4, "--compile", "off", cwd=copied)
+    assert status == 0 and re.search(r"latents 16x8, batch 4, compile off: [\d.]+ images/s, [\d.]+ TFLOP/s a device = \d+% of .* peak memory [\d.]+ GB", text), text
+    fails_clearly(script("train.py", "--bench", "--latent", "15x8", cwd=copied), "--latent 15x8", "square")
 
 
 def test_filmstrip_shows_the_same_noise_after_every_step(workspace):

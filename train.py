@@ -30,10 +30,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from encode import (CODECS, autocast, codec_path, default_codec, find_dataset, fingerprint, join, load_codec, open_cache, prepare, read_rows,
+from encode import (CODECS, autocast, codec_path, default_codec, find_dataset, fingerprint, join, load_codec, open_cache, prepare, quiet_worker, read_rows,
                     run, to_float, try_load_image, write_file)
 from fid import evaluate, find_reference, load_extractor, load_reference
-from model import ANGLE_LAWS, CONSISTENCY_TARGETS, PRESETS, SPHERES, Denoiser, ModelConfig, flops, losses, noise_angle
+from model import ANGLE_LAWS, CONSISTENCY_TARGETS, PRESETS, SPHERES, Denoiser, ModelConfig, flops, losses, noise_angle, sincos_2d
 from sample import CHECKPOINT_FORMAT, load_checkpoint, make_filmstrip, make_grid, sample_batches, write_png
 
 try:
@@ -245,7 +245,9 @@ def make_model(config, s, device, world, compiled):
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay, fused=True)
     if compiled:
         model.compile()                                            # in place: the state dict keeps its names
-    ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
+    ddp = model
+    if world > 1:
+        ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
     return model, ddp, ema, optimizer
 
 
@@ -254,6 +256,7 @@ def bench(args, s, rank, world, device, amp):
     try:
         tokens, channels = map(int, args.latent.split("x"))
         config = ModelConfig(tokens=tokens, channels=channels, sphere=s.sphere, max_angle=s.max_angle, **PRESETS[s.preset])
+        sincos_2d(tokens, config.width)                            # says what is wrong with the number of tokens
     except ValueError as error:
         raise ValueError(f"--latent {args.latent}: must be tokens x channels, such as 256x768 ({error})") from error
     for compiled in {"on": [True], "off": [False], "both": [False, True]}.get(args.compile, [device.type == "cuda"]):
@@ -261,7 +264,7 @@ def bench(args, s, rank, world, device, amp):
         share = s.batch_size // world
         z, labels = torch.randn(share, tokens, channels, device=device), torch.arange(share, device=device) % config.num_classes
         done, started, peak = -3, 0.0, 0.0                         # three steps warm up
-        while done < 3 or (time.time() - started < 20 and done < 50):
+        while done < 3 or (time.time() - started < 15 and done < 30):
             if done == 0:
                 loss.item()
                 rate = matmul_rate(device, amp)
@@ -282,7 +285,11 @@ def bench(args, s, rank, world, device, amp):
 
 
 def main():
-    args, given = parse_args()
+    with contextlib.ExitStack() as cleanup:                        # however it ends: signal handlers, the reading thread, worker processes
+        train(cleanup, *parse_args())
+
+
+def train(cleanup, args, given):
     if args.weights_dir:
         torch.hub.set_dir(args.weights_dir)
     rank, world, device = join(args.device)
@@ -400,7 +407,7 @@ def main():
 
     # one step's images, read a step ahead in a thread: latents, or with --live pixels; and labels
     mine = slice(rank * s.batch_size // world, (rank + 1) * s.batch_size // world)
-    pool = multiprocessing.Pool(max(1, args.workers), signal.signal, (signal.SIGINT, signal.SIG_IGN)) if args.live else None
+    pool = cleanup.enter_context(multiprocessing.Pool(max(1, args.workers), quiet_worker)) if args.live else None
     skipped_files = set()
 
     def fetch(step):
@@ -434,6 +441,8 @@ def main():
         signal.signal(number, before[number])
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        cleanup.callback(signal.signal, number, handler)
     hosts = dist.new_group(backend="gloo") if world > 1 else None  # over the network of the hosts, so that no device has to wait
 
     def stopping():
@@ -447,6 +456,7 @@ def main():
     bad, worst = torch.zeros((), device=device), torch.zeros((), device=device)                    # bad steps in a row just now, and at most
     started, since, first_step, stopped = time.time(), step, step, False
     loader = ThreadPoolExecutor(1)
+    cleanup.callback(loader.shutdown, cancel_futures=True)
     ahead = loader.submit(fetch, step) if step < s.max_steps else None
 
     def check_finite():
@@ -522,11 +532,6 @@ def main():
             sample_grids()
             started = time.time() if since == step else started
 
-    loader.shutdown(cancel_futures=True)
-    if pool:
-        pool.terminate()
-    for number, handler in before.items():
-        signal.signal(number, handler)
     if master and stopped:
         check_finite()
         save()
