@@ -109,8 +109,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)             # 3 x (B, H, T, D/H)
-        x = F.scaled_dot_product_attention(self.q_norm(q.float()).to(v), self.k_norm(k.float()).to(v), v)  # (B, H, T, D/H)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)                          # 3 x (B, T, H, D/H)
+        q, k = self.q_norm(q.float()).to(v), self.k_norm(k.float()).to(v)
+        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))    # (B, H, T, D/H)
         return self.proj(x.transpose(1, 2).flatten(2))                                             # (B, T, D)
 
 
@@ -141,9 +142,8 @@ class Block(nn.Module):
 
     def forward(self, x, modulation):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=2)                  # 6 x (B, 1, D)
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
-        x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-        return x
+        x = torch.addcmul(x, gate1, self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1)))    # x + gate * attention(norm(x) * (1 + scale) + shift)
+        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2)))
 
 
 class Denoiser(nn.Module):

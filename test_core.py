@@ -872,6 +872,15 @@ torch.save([made[0][i].state_dict() for i in (0, 2)], "rank" + os.environ["RANK"
     assert status == 0 and "was trained by 2 processes and goes on with 1" in text, text
 
 
+def test_settings_come_from_preset_dataset_and_flags_in_this_order():
+    flowers = train.settings_of(dict(dataset="flowers"))
+    assert (flowers["preset"], flowers["codec"], flowers["lr"], flowers["weight_decay"]) == ("B", "rae", 2e-4, 0.0)
+    assert train.settings_of(dict(dataset="imagenet"))["preset"] == "XL"
+    own = train.settings_of(dict(dataset="flowers", preset="tiny", lr=1.0, weight_decay=0.5))
+    assert (own["preset"], own["max_angle"], own["lr"], own["weight_decay"]) == ("tiny", train.SETTINGS["tiny"]["max_angle"], 1.0, 0.5)
+    assert (train.settings_of({})["preset"], train.settings_of(dict(dataset="some/folder"))["codec"]) == ("tiny", "small")
+
+
 def nan_losses(monkeypatch, *calls):
     """Make the losses of these calls, counted from 1, nan."""
     real, count = train.losses, []
@@ -1078,7 +1087,7 @@ def test_sampling_mistakes_end_in_one_clear_line(copied, tmp_path):
 def test_readme_names_only_flags_and_files_that_exist():
     text = (HERE / "README.md").read_text()
     scripts = "".join((HERE / name).read_text() for name in ("encode.py", "train.py", "sample.py", "fid.py"))
-    flags = set(re.findall(r"(?<![\w-])--[a-z]\w+", text)) - {"--nproc_per_node"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z]\w+", text)) - {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
     assert len(flags) > 15 and [flag for flag in flags if f'"{flag}"' not in scripts] == []
     files = re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(r"python (\w+\.py)", text)
     assert len(files) > 6 and [name for name in files if not (HERE / name).is_file()] == []
