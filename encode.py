@@ -854,10 +854,10 @@ def finish_cache(found, temporary, folder, plan):
     write_file(temporary / "meta.json", lambda file: file.write(json.dumps(plan | dict(
         skipped=skipped, mean=mean.tolist(), std=np.sqrt(square - mean ** 2).tolist(),
         sha256=hashlib.sha256(moments.tobytes() + labels.tobytes()).hexdigest()), indent=1).encode()))
-    for name in ("moments.npy", "plan.json", "lock"):
-        (temporary / name).unlink()
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+    for name in ("moments.npy", "plan.json", "lock"):              # from here on of no use
+        (folder / name).unlink()
     number = len(found["labels"])
     print(f"{folder}: {number - skipped:,} images of {len(found['classes'])} classes" + f", {skipped} unreadable ones skipped" * (skipped > 0)
           + ", and their mirrored views" * plan["flip"])
@@ -896,12 +896,12 @@ def fit(found, codec_name, data_dir="data", device="cpu", workers=0, skip_bad=Fa
     print(f"{path}: codec for {size}x{size} images, reconstructs held-out ones at {psnr:.1f} dB")
 
 
-def prepare(found, codec_name, data_dir="data", device="cpu", workers=0, skip_bad=False, flip=False, live=False):
+def prepare(found, codec_name, data_dir="data", device="cpu", workers=0, skip_bad=False, flip=False, live=False, dtype="auto"):
     """Make what a dataset still lacks: the codec's weights and, unless live, the latent cache. Neither is touched when it is there."""
     path = codec_path(codec_name, found["name"], data_dir)
     first(lambda: path is None or path.is_file() or fit(found, codec_name, data_dir, device, workers, skip_bad))
     if not live and not (Path(data_dir) / found["name"] / codec_name / "meta.json").is_file():
-        write_cache(found, codec_name, load_codec(codec_name, path, device, decoder=False), data_dir, workers=workers, skip_bad=skip_bad, flip=flip)
+        write_cache(found, codec_name, load_codec(codec_name, path, device, decoder=False), data_dir, 128, workers, skip_bad, flip, dtype)
 
 
 @torch.no_grad()
@@ -923,6 +923,7 @@ def bench(found, codec_name, codec, data_dir, batch_size, workers, dtype):
     bare, decoded = rate(codec.encode, x, times), rate(codec.decode, codec.encode(x), 1)
     chosen = np.resize(np.arange(len(found["labels"])), times * batch_size)
     some = found | dict(dataset="bench", classes=["any"], labels=np.zeros(len(chosen), int), paths=found["paths"] and [found["paths"][i] for i in chosen])
+    Path(data_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir) as folder, contextlib.redirect_stdout(None):
         started = time.time()
         write_cache(some, codec_name, codec, folder, batch_size, workers, skip_bad=True, dtype=dtype)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from encode import autocast, codec_path, fingerprint, join, load_codec, run, to_uint8, write_file
 from model import Denoiser, ModelConfig, flops, generate
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 def find_checkpoint(out_dir="out"):
@@ -225,6 +225,7 @@ def main():
     how.add_argument("--pixel_loop", action="store_true", help="decode and encode between steps, as Sphere Encoder does")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--bench", action="store_true", help="time denoising and decoding instead of writing images")
+    machine.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile; auto: on cuda for --bench or 2000 images")
     machine.add_argument("--weights_dir", help="where the RAE's weights are, instead of torch.hub's folder")
     machine.add_argument("--batch_size", type=int, default=100, help="images at a time")
     machine.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -243,6 +244,8 @@ def main():
     path = args.ckpt or find_checkpoint()
     checkpoint = load_checkpoint(path)
     model, codec = load_model(checkpoint, device), load_codec_of(checkpoint, device)
+    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda" and (args.bench or (args.num_images or 0) >= 2000)):
+        model.compile()
     if args.bench:
         return bench(model, codec, args.batch_size, device, args.dtype)
     if not args.pixel_loop:

@@ -315,6 +315,8 @@ def train(cleanup, args, given):
                              "resume it with its own settings, or start anew with another --out_dir")
     s = argparse.Namespace(**settings)
     again = (f"torchrun --nproc_per_node={world}" if world > 1 else "python") + f" train.py --dataset {s.dataset} --out_dir {out_dir} --resume"
+    again += "".join(f" --{name} {getattr(args, name)}" for name in ("data_dir", "weights_dir") if getattr(args, name) not in (None, "data"))
+    again += "".join(f" --{name}" for name in ("live", "skip_bad") if getattr(args, name))
     if s.batch_size % (world * s.accumulate):
         raise ValueError(f"--batch_size {s.batch_size} cannot be shared by {world} processes in {s.accumulate} parts each; "
                          f"use a multiple of {world * s.accumulate}")
@@ -322,7 +324,7 @@ def train(cleanup, args, given):
         raise ValueError(f"--live reads image files, and {s.dataset} has none; leave it out")
 
     # data: the images themselves, or labels and a memory map of latents
-    prepare(found, s.codec, args.data_dir, device, args.workers, args.skip_bad, s.flip, args.live)
+    prepare(found, s.codec, args.data_dir, device, args.workers, args.skip_bad, s.flip, args.live, args.dtype)
     weights = codec_path(s.codec, found["name"], args.data_dir)
     codec = load_codec(s.codec, weights, device, decoder=master) if master or args.live else None
     if args.live:
