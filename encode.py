@@ -537,6 +537,7 @@ class RAE(nn.Module):
             raise ValueError(f"{path}: is damaged or another file ({reason}); delete it and run the command again, or get it by hand: {url}") from error
         self.register_buffer("pixel_mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+        self.eval().requires_grad_(False)
 
     def encode(self, images):
         """(B, 3, 256, 256) in [0, 1] -> (B, 256, C) float32, normalised place by place."""
@@ -627,7 +628,7 @@ def load_codec(name, path=None, device="cpu", decoder=True):
     Raises OSError or ValueError.
     """
     if name in RAES:
-        return RAE(name, decoder).to(device).eval().requires_grad_(False)
+        return RAE(name, decoder).to(device)
     if name not in SMALL_CODECS:
         raise ValueError(f"codec {name!r} is not known; choose from {', '.join(CODECS)}")
     path = Path(path or codec_path(name, "shapes"))

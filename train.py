@@ -463,9 +463,9 @@ def train(cleanup, args, given):
 
     def check_finite():
         if worst.item() >= BAD_STEPS:
-            kept = f"{out_dir / 'ckpt.pt'} holds the last good weights; go on from there with a smaller rate: {again} --lr {s.lr / 3:.1g}" \
+            kept = f"{out_dir / 'ckpt.pt'} is from before them; go on from there with a smaller rate: {again} --lr {s.lr / 3:.1g}" \
                 if (out_dir / "ckpt.pt").is_file() else f"no checkpoint had been written; start again with a smaller rate: --lr {s.lr / 3:.1g}"
-            raise ValueError(f"the gradient was not finite in {int(worst.item())} steps in a row, before step {step}; {kept}")
+            raise ValueError(f"the gradient was not finite in {int(worst.item())} steps in a row, up to step {step}; {kept}")
 
     while step < s.max_steps and not (stopped := stopping()):
         x, labels = (t.to(device, non_blocking=True) for t in ahead.result())
@@ -522,7 +522,7 @@ def train(cleanup, args, given):
             started, since = time.time(), step
         if step % s.save_every == 0 or step == s.max_steps:
             check_finite()
-            if master:
+            if master and (step == s.max_steps or not bad.item()):     # in a row of bad steps the weights may be spoilt: keep the earlier ones
                 save()
                 if args.keep:
                     numbered = out_dir / f"ckpt_{step:06d}.pt"
