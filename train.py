@@ -428,6 +428,8 @@ def train(cleanup, args, given):
                     if rows[i] % number not in skipped_files:
                         print(f"skipped {image.removesuffix('; mend or delete it, or pass --skip_bad')}", flush=True)
                         skipped_files.add(rows[i] % number)
+                    if len(skipped_files) == number:
+                        raise ValueError(f"{s.dataset}: holds no readable image")
                     rows[i] = (rows[i] + 1) % len(all_labels)
                     image = load(found["paths"][rows[i] % number])
                 images[i] = image[:, ::-1] if rows[i] >= number else image
