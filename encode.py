@@ -966,7 +966,7 @@ def main():
     parser.add_argument("--weights_dir", help="where the RAE's weights are, instead of torch.hub's folder")
     parser.add_argument("--flip", action="store_true", help="cache the mirrored views too, in twice the space")
     parser.add_argument("--reconstruct", metavar="PATH", help="write this image, or a folder's images, beside their reconstructions")
-    parser.add_argument("--out", default="reconstruction.png", help="the picture that --reconstruct writes")
+    parser.add_argument("--out", default="out/reconstruction.png", help="the picture that --reconstruct writes")
     parser.add_argument("--bench", action="store_true", help="time the encoder alone and with reading and writing, on the dataset's images")
     parser.add_argument("--fit", action="store_true", help="fit the small codec on the dataset instead of encoding it")
     parser.add_argument("--fit_steps", type=int, default=1500, help="optimizer steps of --fit, 128 images each")
