@@ -608,11 +608,12 @@ def test_a_download_goes_on_where_it_broke_off_and_is_checked(tmp_path, monkeypa
         encode.download(url, path)
     assert not path.exists()
     monkeypatch.setattr(encode.urllib.request, "urlopen", lambda request, timeout: Answer(request))
+    encode.download(url, path, md5=hashlib.md5(content).hexdigest())
+    assert asked == [0, 700_000] and path.read_bytes() == content and [file.name for file in path.parent.iterdir()] == ["file.tgz"]
+    path.unlink()
     with pytest.raises(ValueError, match="md5"):
         encode.download(url, path, md5="0" * 32)
-    assert asked == [0, 700_000] and not list(path.parent.iterdir())
-    encode.download(url, path, md5=hashlib.md5(content).hexdigest())
-    assert path.read_bytes() == content and [file.name for file in path.parent.iterdir()] == ["file.tgz"]
+    assert not list(path.parent.iterdir())
 
 
 # ------------------------------------------------------------------------------------------- the representation autoencoder

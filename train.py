@@ -246,9 +246,7 @@ def make_model(config, s, device, world, compiled):
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay, fused=True)
     if compiled:
         model.compile()                                            # in place: the state dict keeps its names
-    ddp = model
-    if world > 1:
-        ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+    ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
     return model, ddp, ema, optimizer
 
 
