@@ -230,6 +230,8 @@ def test_generate_walks_noise_predict_rotate_predict():
 def test_what_the_class_decides_can_be_computed_once():
     denoiser, y, z = random_denoiser(), torch.tensor([0, 3, 2]), torch.randn(3, 16, 32)
     assert torch.equal(denoiser(z, denoiser.modulation(y)), denoiser(z, y))
+    denoiser(z, y).square().sum().backward()
+    assert [name for name, parameter in denoiser.named_parameters() if parameter.grad is None or not parameter.grad.any()] == []
 
 
 def test_guidance_extrapolates_from_the_null_class_along_chord_or_arc():
@@ -450,7 +452,7 @@ def test_several_processes_write_the_cache_that_one_writes(copied):
     shutil.rmtree(copied / "data/photos/small")
     status, text = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "encode.py", "--dataset", "photos",
                            "--batch_size", 3, "--workers", 1, cwd=copied)
-    assert status == 0, text
+    assert status == 0 and "6/6" in text and "12/12" not in text, text    # half of the 12 images for the one that shows its progress
     after = np.frombuffer((copied / "data/photos/small/latents.npy").read_bytes()[128:], np.float16)
     np.testing.assert_allclose(after, np.frombuffer(before[128:], np.float16), atol=2e-3)
     assert json.loads((copied / "data/photos/small/meta.json").read_text())["skipped"] == 0
@@ -920,10 +922,12 @@ def test_bad_steps_are_skipped_and_counted_and_ten_in_a_row_end_the_run(copied, 
     header, *rows = [line.split(",") for line in (copied / "out/again/log.csv").read_text().splitlines()]
     assert status == 0 and "1 skipped" in text and [row[header.index("skipped")] for row in rows] == ["0", "1", "0"], text
     assert all(math.isfinite(float(row[1])) for row in rows)
+    handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         nan_losses(patch, *range(7, 30))
         fails_clearly(train_again(copied, "--max_steps", 30, "--out_dir", "out/nan"), "in 10 steps in a row, up to step 16", "ckpt.pt", "--resume --lr")
     checkpoint = torch.load(copied / "out/nan/ckpt.pt", weights_only=True)    # not from the bad steps, whose weights may be spoilt
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert checkpoint["step"] == 4 and all(torch.isfinite(t).all() for t in checkpoint["model"].values())
     assert train_again(copied, "--max_steps", 30, "--out_dir", "out/nan", "--resume", "--lr", 1e-4)[0] == 0
 
@@ -966,6 +970,9 @@ def test_live_encoding_trains_as_the_cache_does_and_resumes(copied, monkeypatch)
     assert not (copied / "data/photos/small").exists()
     assert_same_curve(copied / "out/photos", copied / "out/again")
     fails_clearly(train_again(copied, "--live", "--dataset", "shapes"), "--live", "leave it out")
+    assert train_again(copied, "--live", "--flip", "--out_dir", "out/live")[0] == 0
+    assert train_again(copied, "--flip", "--out_dir", "out/cached")[0] == 0
+    assert_same_curve(copied / "out/live", copied / "out/cached")
 
 
 def test_live_encoding_names_or_replaces_unreadable_images(copied):
