@@ -207,8 +207,10 @@ def train_step(model, ema, optimizer, step, s, z, labels, noise, angle, nearer, 
         results.append((loss.detach()[None] * len(z), *(term.detach() for term in terms)))
     loss, reconstruction, consistency = (torch.cat(x) for x in zip(*results))
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-    optimizer.found_inf = (~torch.isfinite(grad_norm)).float()     # fused AdamW leaves all alone where this is 1, without asking the host
-    optimizer.step()
+    if grad_norm.device.type != "mps":                             # fused AdamW leaves all alone where found_inf is 1, without asking the host
+        optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
+    if grad_norm.device.type != "mps" or torch.isfinite(grad_norm).item():
+        optimizer.step()
     with torch.no_grad():                                          # the average starts short, so that early samples follow the weights
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(s.ema_decay, (1 + step) / (10 + step)))
     return loss.sum() / len(reconstruction), reconstruction, consistency, grad_norm
@@ -243,7 +245,7 @@ def make_model(config, s, device, world, compiled):
     torch.manual_seed(s.seed)
     model = Denoiser(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay, fused=device.type != "mps")
     if compiled:
         model.compile()                                            # in place: the state dict keeps its names
     ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
