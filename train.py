@@ -474,7 +474,7 @@ def train(cleanup, args, given):
         ahead = loader.submit(fetch, step + 1) if step + 1 < s.max_steps else None
         if args.live:
             with torch.no_grad(), amp():
-                x = codec.encode(to_float(x)).half()               # what the cache would hold
+                x = codec.encode(to_float(x, device)).half()               # what the cache would hold
         z = (x if on_card is None else on_card[x]).float()                                         # (B, T, C)
         noise, angle, nearer, dropped = (t[mine] for t in draw(step, s, config, device))
         labels = labels.masked_fill(dropped, config.num_classes)
