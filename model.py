@@ -283,6 +283,19 @@ def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=F
     noise = noise.expand(steps, *noise.shape[-3:])                                                 # (steps, B, T, C)
     y = labels if cfg_scale == 1 else torch.cat([labels, torch.full_like(labels, config.num_classes)])
     y = model.modulation(y) if isinstance(model, Denoiser) else y                                  # the same at every step
+    halves = [slice(None)]
+
+    def predict(v):
+        """The denoiser's output, the guided and the unguided one as one batch, or one after the other once memory has been short."""
+        nonlocal halves
+        try:
+            return torch.cat([model(v[half], [m[half] for m in y] if isinstance(y, list) else y[half]).float() for half in halves])
+        except torch.OutOfMemoryError:
+            if cfg_scale == 1 or len(halves) > 1:
+                raise
+        halves = [slice(len(labels)), slice(len(labels), None)]
+        return predict(v)
+
     v = to_sphere(noise[0], config.sphere) * (math.tan(limit) if config.sphere == "none" else 1)
     outputs = []
     for step in range(steps):
@@ -290,9 +303,9 @@ def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=F
             r = 1 - step / steps if strength == "falling" else 1
             v = rotate(x, noise[step], math.atan(r * math.tan(limit)), config.sphere)
         if cfg_scale == 1:
-            x = model(v, y).float()
+            x = predict(v)
         else:
-            x = guide(*model(torch.cat([v, v]), y).float().chunk(2), cfg_scale, cfg_mode)
+            x = guide(*predict(torch.cat([v, v])).chunk(2), cfg_scale, cfg_mode)
         if step == steps - 1:
             x = to_sphere(x, config.sphere) if project_last else x
         elif pixel_loop is not None:

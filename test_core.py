@@ -247,6 +247,24 @@ def test_guidance_extrapolates_from_the_null_class_along_chord_or_arc():
     torch.testing.assert_close(model.guide(x, null, 1.0, "rotation"), x, rtol=1e-3, atol=1e-4)
 
 
+def test_guidance_takes_two_batches_where_memory_is_short(monkeypatch):
+    denoiser, y, noise, sizes = random_denoiser(), torch.tensor([0, 1, 2]), torch.randn(3, 16, 32), []
+    whole, real = model.generate(denoiser, y, steps=2, noise=noise, cfg_scale=3), denoiser.forward
+
+    def forward(z, labels):
+        sizes.append(len(z))
+        if len(z) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return real(z, labels)
+
+    monkeypatch.setattr(denoiser, "forward", forward)
+    torch.testing.assert_close(model.generate(denoiser, y, steps=2, noise=noise, cfg_scale=3), whole)
+    assert sizes == [6, 3, 3, 3, 3]
+    monkeypatch.setattr(denoiser, "forward", lambda z, labels: forward(z.repeat(2, 1, 1), labels))
+    with pytest.raises(torch.OutOfMemoryError):
+        model.generate(denoiser, y, steps=2, noise=noise, cfg_scale=3)
+
+
 def test_pixel_loop_goes_through_the_codec_between_steps_only():
     denoiser, y, noise, calls = random_denoiser(), torch.tensor([0, 1, 2]), torch.randn(3, 16, 32), []
 
@@ -881,6 +899,9 @@ def test_settings_come_from_preset_dataset_and_flags_in_this_order():
     assert train.settings_of(dict(dataset="imagenet"))["preset"] == "XL"
     own = train.settings_of(dict(dataset="flowers", preset="tiny", lr=1.0, weight_decay=0.5))
     assert (own["preset"], own["max_angle"], own["lr"], own["weight_decay"]) == ("tiny", train.SETTINGS["tiny"]["max_angle"], 1.0, 0.5)
+    costs = [train.forwards(argparse.Namespace(consistency_weight=w, consistency_target=target, weak_weight=weak)) for w, target, weak in
+             [(0, "stop", 0), (1, "stop", 0), (1, "ema", 0), (1, "gradient", 0), (1, "stop", 1), (1, "ema", 1)]]
+    assert costs == [3, 4, 4, 6, 6, 7]
     assert (train.settings_of({})["preset"], train.settings_of(dict(dataset="some/folder"))["codec"]) == ("tiny", "small")
 
 

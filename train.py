@@ -218,9 +218,8 @@ def train_step(model, ema, optimizer, step, s, z, labels, noise, angle, nearer, 
 
 def forwards(s):
     """What an image costs in training, in forward passes: a gradient triples one, a pass without gradient counts once."""
-    if not s.consistency_weight:
-        return 3
-    return 6 if s.consistency_target == "gradient" or s.weak_weight else 4
+    weak_gradient = s.consistency_target == "gradient" or s.weak_weight > 0
+    return 3 + (3 * weak_gradient + (s.consistency_target == "ema" or not weak_gradient) if s.consistency_weight else 0)
 
 
 def matmul_rate(device, amp):
