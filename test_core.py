@@ -905,6 +905,22 @@ def test_settings_come_from_preset_dataset_and_flags_in_this_order():
     assert (train.settings_of({})["preset"], train.settings_of(dict(dataset="some/folder"))["codec"]) == ("tiny", "small")
 
 
+def test_a_process_that_fails_ends_the_others_with_its_message(copied):
+    (copied / "fails.py").write_text(f"""import os, sys; sys.path.insert(0, {str(HERE)!r})
+import encode, train
+step = train.train_step
+def failing(model, ema, optimizer, number, *more):
+    if number == 2 and os.environ["RANK"] == "1":
+        raise ValueError("the second process gives up")
+    return step(model, ema, optimizer, number, *more)
+train.train_step = failing
+encode.run(train.main)
+""")
+    status, text = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "fails.py", "--dataset", "photos",
+                           *RUN, "--max_steps", 100_000, "--out_dir", "out/fails", cwd=copied)
+    assert status != 0 and "error: the second process gives up" in text and "error: process 0 has lost another one" in text, text
+
+
 def nan_losses(monkeypatch, *calls):
     """Make the losses of these calls, counted from 1, nan."""
     real, count = train.losses, []
