@@ -985,6 +985,7 @@ def test_a_signal_saves_and_ends_the_run_which_goes_on_as_if_nothing_had_been(co
     assert status == 0 and "stopped at step 6" in text and "--out_dir out/again --resume" in text and signal.getsignal(number) is before, text
     assert train_again(copied, "--resume")[0] == 0
     assert checkpoints_equal(out / "ckpt.pt", copied / "out/photos/ckpt.pt")
+    assert_same_curve(copied / "out/photos", out)                  # though the signal came between two log lines
 
 
 def test_keep_keeps_the_last_checkpoints_under_their_numbers(copied):

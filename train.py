@@ -387,10 +387,17 @@ def train(cleanup, args, given):
               + ("; latents on the card" if on_card is not None else ""))
         print("settings: " + " ".join(f"{name}={value}" for name, value in settings.items()), flush=True)
 
-    def save(name="ckpt.pt"):
+    def sums():
+        """What has been added up since the last log line, over all processes, so that a resumed run logs the same line."""
+        total = stats.clone()
+        if world > 1:
+            dist.all_reduce(total)
+        return total.cpu()
+
+    def save(total, name="ckpt.pt"):
         state = dict(format=CHECKPOINT_FORMAT, step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                      config=asdict(config), settings=settings, classes=meta["classes"], dataset_name=found["name"], data_dir=args.data_dir,
-                     codec_sha256=meta["codec_sha256"], cache_sha256=meta["sha256"], best=best, world=world)
+                     codec_sha256=meta["codec_sha256"], cache_sha256=meta["sha256"], best=best, world=world, since=since, stats=total)
         write_file(out_dir / name, lambda file: torch.save(state, file))
 
     def sample_grids():
@@ -457,7 +464,11 @@ def train(cleanup, args, given):
     # the loop
     stats = torch.zeros(4 + 2 * BINS, device=device)               # sums of the losses, steps, sums of the loss by angle bin, and the bins' counts
     bad, worst = torch.zeros((), device=device), torch.zeros((), device=device)                    # bad steps in a row just now, and at most
-    started, since, first_step, stopped = time.time(), step, step, False
+    since, first_step, stopped = step, step, False                 # since: the step of the last log line
+    if checkpoint:                                                 # which may lie before the checkpoint
+        since = checkpoint["since"]
+        stats += checkpoint["stats"].to(device) * master
+    started, timed = time.time(), step                             # the clock, and the step it was started at
     loader = ThreadPoolExecutor(1)
     cleanup.callback(loader.shutdown, cancel_futures=True)
     ahead = loader.submit(fetch, step) if step < s.max_steps else None
@@ -498,9 +509,10 @@ def train(cleanup, args, given):
             totals, counts, steps_done = stats[:3] / stats[3], stats[4 + BINS:], round(stats[3].item() / world)
             by_bin = (stats[4:4 + BINS] / counts).tolist()                                       # nan for a bin without points
             now = time.time()
-            rate = (step - since) * s.batch_size / (now - started)
+            rate = (step - timed) * s.batch_size / (now - started)
+            skipped, since = step - since - steps_done, step
             if master:
-                left, skipped = (s.max_steps - step) * s.batch_size / rate, step - since - steps_done
+                left = (s.max_steps - step) * s.batch_size / rate
                 mfu = rate * forwards(s) * flops(config) / peak
                 row = [step, *totals.tolist(), lr, grad_norm.item(), rate, mfu, skipped, *by_bin]
                 if s.eval_every:
@@ -515,16 +527,17 @@ def train(cleanup, args, given):
                       + (f"  {skipped} skipped" if skipped else "") + (f"  {columns[-1]} {row[-1]:.3f}" if evaluating else ""), flush=True)
                 if evaluating and row[-1] < best:
                     best = row[-1]
-                    save("best.pt")
+                    save(torch.zeros(len(stats)), "best.pt")
                 if writer:
                     for name, value in zip(columns[1:], row[1:]):
                         writer.add_scalar(name, value, step)
             stats.zero_()
-            started, since = time.time(), step
+            started, timed = time.time(), step
         if step % s.save_every == 0 or step == s.max_steps:
             check_finite()
+            total = sums()
             if master and (step == s.max_steps or not bad.item()):     # in a row of bad steps the weights may be spoilt: keep the earlier ones
-                save()
+                save(total)
                 if args.keep:
                     numbered = out_dir / f"ckpt_{step:06d}.pt"
                     numbered.unlink(missing_ok=True)
@@ -533,11 +546,12 @@ def train(cleanup, args, given):
                         old.unlink()
         if master and (step % s.sample_every == 0 or step == s.max_steps):
             sample_grids()
-            started = time.time() if since == step else started
+            started = time.time() if timed == step else started
 
+    total = sums() if stopped else None
     if master and stopped:
         check_finite()
-        save()
+        save(total)
         print(f"stopped at step {step}, saved in {out_dir / 'ckpt.pt'}; go on with: {again}")
     elif master:
         if step == first_step:
