@@ -27,8 +27,9 @@ from encode import (CODECS, SUFFIXES, center_crop, checksum, codec_path, find_da
                     write_file)
 from sample import write_npz
 
-METRICS = {"fid": "FID", "sfid": "sFID", "is": "Inception Score", "precision": "precision", "recall": "recall"}
+METRICS = {"fid": "FID", "sfid": "sFID", "is": "Inception Score", "precision": "precision", "recall": "recall", "agreement": "class agreement"}
 KEPT_SAMPLES, KEPT_REFERENCES = 50_000, 10_000      # features kept for precision and recall, as many as ADM's evaluator compares
+KEPT_IMAGES = 50_000                                # image files that the classifier for the class agreement is trained on
 SPLIT = 5000                                        # images in a split of the Inception Score, as in ADM's evaluator
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 WEIGHTS_NAMES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")      # the same file
@@ -247,6 +248,36 @@ def precision_recall(samples, reference, k=3, block=1 << 24):
         return share_inside(samples, reference), share_inside(reference, samples)
 
 
+def class_agreement(images, labels, samples, asked, epochs=10):
+    """Share of samples in which a classifier, trained here on real images, finds the class that was asked for.
+
+    images (N, 32, 32, 3), samples (M, 32, 32, 3): uint8. labels (N,), asked (M,): int64; a random tenth of the real ones is held out.
+    Returns (that share, the same for the held-out images: what can be expected at best). Runs on the CPU, the same each time.
+    """
+    held = torch.rand(len(images), generator=torch.Generator().manual_seed(0)) < 0.1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [layer for c_in, c_out in ((3, 32), (32, 64), (64, 96), (96, 128)) for layer in
+                  (nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.BatchNorm2d(c_out), nn.ReLU())]                # 32 to 2 pixels
+        net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, int(labels.max()) + 1))
+        steps = max(2, epochs * round(int((~held).sum()) / 128))
+        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+        rows = torch.cat([torch.randperm(len(images)) for _ in range(epochs + 2)])
+        rows = rows[~held[rows]]
+        for step in tqdm(range(steps), desc="classifier", unit="step", leave=False):
+            batch = rows[step * 128:(step + 1) * 128]
+            loss = F.cross_entropy(net(to_float(images[batch])), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    net.eval()
+    with torch.no_grad():
+        share = lambda x, y: torch.cat([net(to_float(b)).argmax(1) for b in x.split(500)]).eq(y).double().mean().item()
+        return share(samples, asked), share(images[held], labels[held])
+
+
 def shuffled(count):
     """The fixed order in which images are dealt to the Inception Score's splits and kept for precision and recall."""
     return np.random.RandomState(2020).permutation(count)
@@ -387,8 +418,8 @@ def look_into(path):
 def find_images(where, data_dir="data"):
     """Look a set of images up without reading them: an npz with arr_0, a folder of images, or a dataset (encode.find_dataset).
 
-    Returns find_dataset's dict, labels (N,) and paths, with npz (or None), size (of the images, None for files) and stem, the
-    path beside it under which its statistics are kept. Raises FileNotFoundError or ValueError.
+    Returns find_dataset's dict, labels (N,) and paths, with npz (or None; asked: whether it has labels, arr_1), size (of the images,
+    None for files) and stem, the path beside it under which its statistics are kept. Raises FileNotFoundError or ValueError.
     """
     path = Path(where)
     if path.suffix == ".npz":
@@ -399,7 +430,7 @@ def find_images(where, data_dir="data"):
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or fortran:
             raise ValueError(f"{path}: arr_0 must be square images (N, S, S, 3), uint8 from 0 to 255, got {shape} {dtype}"
                              f"{' in Fortran order' * fortran}; convert them and write them anew with np.savez(file, images)")
-        found = dict(labels=np.zeros(shape[0]), paths=None, npz=path, size=shape[1], stem=path.with_suffix(""))
+        found = dict(labels=np.zeros(shape[0]), paths=None, npz=path, size=shape[1], stem=path.with_suffix(""), asked="arr_1" in keys)
     else:
         folder = next((f for f in (path, Path(data_dir) / path) if f.is_dir()), None)
         flat = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != ".") if folder else []
@@ -515,12 +546,16 @@ def save_statistics(path, reference, found, size, batch_size, workers):
     write_npz(path, tqdm(batches, desc=Path(path).name, unit="batch"), len(chosen), size, **arrays)
 
 
-def choose_metrics(asked, features, statistics, reference, count):
+def choose_metrics(asked, features, statistics, reference, samples):
     """Split the metrics asked for into those that can be had and a dict of the others with the reason."""
-    left_out = {}
+    left_out, count = {}, len(samples["labels"])
     for name in asked:
         if features == "codec" and name in ("sfid", "is"):
             left_out[name] = "needs Inception's features"
+        elif name == "agreement" and (reference is None or "classes" not in reference):
+            left_out[name] = "the reference is not a dataset with classes"
+        elif name == "agreement" and not samples.get("asked"):
+            left_out[name] = "the samples have no labels (arr_1)"
         elif name == "sfid" and statistics and "mu_s" not in statistics:
             left_out[name] = "the reference has no mu_s and sigma_s"
         elif name in ("precision", "recall") and reference is None:
@@ -536,7 +571,8 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("samples", help="npz with arr_0 (N, S, S, 3) uint8, or a folder of square images")
     parser.add_argument("--ref", help="ADM's VIRTUAL_*.npz, statistics as pytorch-fid writes them, an npz or folder of images, or a dataset")
-    parser.add_argument("--metrics", nargs="+", default=list(METRICS), choices=METRICS, help="which to compute")
+    parser.add_argument("--metrics", nargs="+", default=list(METRICS)[:5], choices=METRICS,
+                        help="which to compute; agreement: how often a classifier trained on --ref finds the class asked for (arr_1)")
     parser.add_argument("--json", action="store_true", help="print a last line of JSON, too")
     parser.add_argument("--save_stats", metavar="FILE", help="write the reference's statistics to this npz, for ADM and pytorch-fid tools too")
     parser.add_argument("--features", default="inception", choices=["inception", "codec"], help="codec: the frozen codec's pooled latents, offline")
@@ -572,7 +608,7 @@ def main():
     statistics, images = find_reference(args.ref, args.data_dir) if args.ref else ({}, None)
     if args.save_stats and statistics:
         parser.error(f"--save_stats: {args.ref} holds statistics already")
-    metrics, left_out = choose_metrics(args.metrics, args.features, statistics, images, count)
+    metrics, left_out = choose_metrics(args.metrics, args.features, statistics, images, samples)
     if not metrics:
         reasons = "; ".join(f"{METRICS[name]}: {why}" for name, why in left_out.items())
         raise ValueError(f"{args.ref}: nothing to compute ({reasons}); take another --ref or other --metrics")
@@ -592,11 +628,22 @@ def main():
         if args.save_stats:
             save_statistics(args.save_stats, reference, images, size, args.batch_size, args.workers)
     values = evaluate(read_batches(samples, size, args.batch_size, args.workers), count, extractor, reference, metrics)
+    if "agreement" in metrics:
+        chosen = shuffled(len(images["labels"]))[:KEPT_IMAGES]
+        known = images | dict(paths=[images["paths"][i] for i in chosen], labels=images["labels"][chosen]) if images["paths"] else images
+        thumbnails = (torch.from_numpy(np.concatenate(list(read_batches(found, 32, 500, args.workers)))) for found in (known, samples))
+        with np.load(args.samples) as archive:
+            asked = torch.from_numpy(archive["arr_1"]).long()
+        values["agreement"], at_best = class_agreement(next(thumbnails), torch.from_numpy(known["labels"]).long(), next(thumbnails), asked)
 
     labels = METRICS | ({"fid": f"Frechet distance of {args.codec} codec features"} if args.features == "codec" else {})
     for name, value in values.items():
-        against = f", {min(len(images['labels']), KEPT_REFERENCES)} references" if name in ("precision", "recall") else (
-            "" if name == "is" else f", statistics of {args.ref}" if statistics else f", {reference['count']} references")
+        if name == "agreement":
+            against = f"; of unseen real images {at_best:.5f}"
+        elif name in ("precision", "recall"):
+            against = f", {min(len(images['labels']), KEPT_REFERENCES)} references"
+        else:
+            against = "" if name == "is" else f", statistics of {args.ref}" if statistics else f", {reference['count']} references"
         used = min(count, KEPT_SAMPLES) if name in ("precision", "recall") else count
         print(f"{labels[name]:16} {value:12.5f}  ({used} samples{against})")
     for name, why in left_out.items():
