@@ -246,32 +246,17 @@ def losses(model, z, labels, noise, angle, nearer, consistency_weight=0.0, consi
 
 # ---------------------------------------------------------------------------------------------------- sampling
 
-def guide(x, x_null, scale, mode="difference"):
-    """Classifier-free guidance: go past the class's prediction x, away from the classless one.
-
-    x, x_null: (B, T, C). scale: 1 returns x. mode: "difference", x_null + scale (x - x_null); "rotation", the same along the
-    great circle from x_null to x, `scale` times their angle, with x's own length. Source: arXiv 2207.12598; 2610.02208.
-    """
-    if mode == "difference":
-        return x_null + scale * (x - x_null)
-    a, b = to_sphere(x_null), to_sphere(x)
-    angle = torch.acos((a * b).mean((1, 2)).clamp(-1, 1))
-    return rotate(a, b, scale * angle) * x.pow(2).mean((1, 2), keepdim=True).sqrt()
-
-
 @torch.no_grad()
-def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=False, noise=None, max_angle=None,
-             strength="falling", same_noise=False, cfg_mode="difference", project_last=False, pixel_loop=None):
+def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=False, noise=None, start=None, max_angle=None,
+             same_noise=False, pixel_loop=None):
     """Draw latents in a few steps: from noise to a prediction, back part of the way towards the noise, and again.
 
-    labels: (B,) int64. steps: calls of the denoiser, at least 1. cfg_scale: 1 turns guidance off; otherwise every step costs two
-    forwards (NFE = 2 * steps). noise: (steps, B, T, C), new noise at every step, or (B, T, C), the same at every step; when None it is
-    drawn with `generator`, the former, or the latter with same_noise.
-    max_angle: degrees, the largest angle to go back by (default: training's, at most 85). strength: "falling", step k of n goes back by
-    tan(a) = (1 - k/n) tan(max_angle); "constant", by max_angle every time.
-    cfg_mode: see `guide`. project_last: put the last output on the sphere. pixel_loop: a codec; decode and encode again between
-    the steps, as Sphere Encoder does, to see what staying in latent space saves.
-    Returns (B, T, C) float32, or with return_all (steps, B, T, C), the output of every step. Source: paper, few-step sampling.
+    labels: (B,) int64. steps: calls of the denoiser, at least 1. cfg_scale: s of classifier-free guidance, x_null + s (x - x_null);
+    1 turns it off, otherwise every step costs two forwards (NFE = 2 * steps). noise: (steps, B, T, C), new noise at every step, or
+    (B, T, C), the same at every step; when None it is drawn with `generator`, the former, or the latter with same_noise.
+    start: (B, T, C), the first point, when it is not to be pure noise. max_angle: degrees; step k of n goes back by tan(a) = (1 - k/n)^1.5 tan(max_angle) (default: training's, at most 85).
+    pixel_loop: a codec; decode and encode again between the steps, as Sphere Encoder does, to see what staying in latent space saves.
+    Returns (B, T, C) float32, or with return_all (steps, B, T, C), the output of every step. Source: paper, few-step sampling; arXiv 2207.12598, guidance.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -296,19 +281,19 @@ def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=F
         halves = [slice(len(labels)), slice(len(labels), None)]
         return predict(v)
 
-    v = to_sphere(noise[0], config.sphere) * (math.tan(limit) if config.sphere == "none" else 1)
+    if start is None:
+        start = to_sphere(noise[0], config.sphere) * (math.tan(limit) if config.sphere == "none" else 1)
     outputs = []
     for step in range(steps):
+        v = start
         if step:
-            r = 1 - step / steps if strength == "falling" else 1
-            v = rotate(x, noise[step], math.atan(r * math.tan(limit)), config.sphere)
+            v = rotate(x, noise[step], math.atan((1 - step / steps) ** 1.5 * math.tan(limit)), config.sphere)
         if cfg_scale == 1:
             x = predict(v)
         else:
-            x = guide(*predict(torch.cat([v, v])).chunk(2), cfg_scale, cfg_mode)
-        if step == steps - 1:
-            x = to_sphere(x, config.sphere) if project_last else x
-        elif pixel_loop is not None:
+            x, x_null = predict(torch.cat([v, v])).chunk(2)
+            x = x_null + cfg_scale * (x - x_null)
+        if pixel_loop is not None and step < steps - 1:
             x = pixel_loop.encode(pixel_loop.decode(x))
         outputs.append(x)
     return torch.stack(outputs) if return_all else x

@@ -11,10 +11,10 @@
 Image i of a seed is always made from the same noise, however many are asked for and whatever the batch size.
 """
 import argparse
+import functools
 import math
 import time
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from encode import autocast, codec_path, fingerprint, join, load_codec, run, to_uint8, write_file
-from model import Denoiser, ModelConfig, flops, generate
+from encode import autocast, codec_path, find_dataset, fingerprint, join, load_codec, open_cache, read_rows, run, to_uint8, write_file
+from model import Denoiser, ModelConfig, flops, generate, rotate
 
 CHECKPOINT_FORMAT = 2
+START_LATENTS = 64              # latents of a class whose mean and covariance --start_angle draws from
 
 
 def find_checkpoint(out_dir="out"):
@@ -79,21 +80,46 @@ def draw_noise(seed, indexes, shape):
     return torch.stack([one(i) for i in indexes])
 
 
-def sample_batches(model, codec, labels, batch_size, device, seed=0, dtype="auto", progress=True, group=None, **options):
+def class_latents(checkpoint, codec):
+    """A function from a label to START_LATENTS of its latents in the cache (K, T, C), or as many as there are, always the same."""
+    settings = checkpoint["settings"]
+    found = find_dataset(settings["dataset"], checkpoint["data_dir"])
+    latents, labels, _ = open_cache(found, settings["codec"], checkpoint["data_dir"], codec)
+
+    @functools.lru_cache(maxsize=128)
+    def of_class(label):
+        return read_rows(latents, np.random.default_rng(0).permutation(np.flatnonzero(labels == label))[:START_LATENTS]).float()
+    return of_class
+
+
+def draw_starts(of_class, labels, seed, indexes):
+    """Draws (B, T, C) from Gaussians with the mean and covariance of each label's latents: what a linear model would generate."""
+    draws = []
+    for label, weights in zip(labels.tolist(), draw_noise(seed + 2**32, indexes, (START_LATENTS,))):
+        z = of_class(label)
+        draws.append(z.mean(0) + torch.tensordot(weights[:len(z)], z - z.mean(0), 1) / len(z) ** 0.5)
+    return torch.stack(draws)
+
+
+def sample_batches(model, codec, labels, batch_size, device, seed=0, dtype="auto", progress=True, group=None, of_class=None, start_angle=90, **options):
     """Generate and decode images for labels (N,) in batches; options go to `generate`.
 
+    start_angle: degrees; below 90 the first point lies this far from a draw of `draw_starts` with of_class, and is not pure noise.
     group: processes that share the batches; the first one gets all images, the others yield nothing.
     Yields (B, S, S, 3) uint8 arrays in order, or with return_all=True (steps, B, S, S, 3).
     """
     steps = 1 if options.pop("same_noise", False) else options.get("steps", 4)
     rank, world = (group.rank(), group.size()) if group else (0, 1)
 
-    def draw_batch(start):
-        y = labels[start:start + batch_size]
+    def draw_batch(first):
+        y = labels[first:first + batch_size]
         if not len(y):
             return None
-        noise = draw_noise(seed, range(start, start + len(y)), (steps, *codec.latent_shape))       # (B, steps, T, C)
+        indexes = range(first, first + len(y))
+        noise = draw_noise(seed, indexes, (steps, *codec.latent_shape))                            # (B, steps, T, C)
         with torch.no_grad(), autocast(device, dtype):
+            if start_angle < 90:
+                options["start"] = rotate(draw_starts(of_class, y, seed, indexes), noise[:, 0], math.radians(start_angle), model.config.sphere).to(device)
             z = generate(model, y.to(device), noise=noise.transpose(0, 1).to(device), **options)
             images = to_uint8(codec.decode(z.flatten(0, -3)))                                      # (steps * B, S, S, 3)
         return images.reshape(*z.shape[:-2], *images.shape[1:])
@@ -136,7 +162,7 @@ def make_filmstrip(strips, names):
 
 def write_png(path, image):
     """Write a PIL image safely."""
-    write_file(path, partial(image.save, format="PNG"))
+    write_file(path, functools.partial(image.save, format="PNG"))
 
 
 def write_npz(path, batches, count, image_size, **arrays):
@@ -218,11 +244,10 @@ def main():
     how = parser.add_argument_group("how")
     how.add_argument("--steps", type=int, default=4, help="denoising steps")
     how.add_argument("--cfg_scale", type=float, help="guidance scale, 1 for none; default: the checkpoint's")
-    how.add_argument("--cfg_mode", default="difference", choices=["difference", "rotation"], help="guidance along the chord or the arc")
-    how.add_argument("--strength", default="falling", choices=["falling", "constant"], help="noise put back between steps")
     how.add_argument("--max_angle", type=float, help="degrees, largest angle to go back by; default: the checkpoint's")
+    how.add_argument("--start_angle", type=float, default=90, help="degrees; 90 begins at pure noise, less (try 55 with --steps 1) this far from a Gaussian "
+                     "draw with the mean and covariance of the class's cached latents")
     how.add_argument("--same_noise", action="store_true", help="keep the first noise at every step instead of drawing anew")
-    how.add_argument("--project_last", action="store_true", help="put the last output on the sphere before decoding")
     how.add_argument("--pixel_loop", action="store_true", help="decode and encode between steps, as Sphere Encoder does")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--bench", action="store_true", help="time denoising and decoding instead of writing images")
@@ -235,6 +260,8 @@ def main():
     for name in ("steps", "batch_size", "num_images"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.start_angle <= 90:
+        parser.error(f"--start_angle must lie between 0 and 90 degrees, got {args.start_angle:g}")
     if args.max_angle is not None and not 0 < args.max_angle < 90:
         parser.error(f"--max_angle must lie between 0 and 90 degrees, got {args.max_angle:g}")
 
@@ -249,6 +276,7 @@ def main():
         model.compile()
     if args.bench:
         return bench(model, codec, args.batch_size, device, args.dtype)
+    of_class = class_latents(checkpoint, codec) if args.start_angle < 90 else None
     if not args.pixel_loop:
         codec.encoder = None                                       # not needed from here on
     names = checkpoint["classes"]
@@ -268,8 +296,8 @@ def main():
         print(f"{path}: step {checkpoint['step']}, {number} images, {args.steps} steps, guidance {cfg_scale:g}, seed {args.seed}, {device.type}")
 
     batches = sample_batches(model, codec, labels, args.batch_size, device, args.seed, args.dtype, steps=args.steps, cfg_scale=cfg_scale,
-                             cfg_mode=args.cfg_mode, strength=args.strength, max_angle=args.max_angle, same_noise=args.same_noise,
-                             project_last=args.project_last, pixel_loop=codec if args.pixel_loop else None, return_all=args.filmstrip, group=group)
+                             max_angle=args.max_angle, of_class=of_class, start_angle=args.start_angle, same_noise=args.same_noise, pixel_loop=codec if args.pixel_loop else None,
+                             return_all=args.filmstrip, group=group)
     if rank > 0:
         list(batches)                                              # does its share, and gets nothing back
     elif args.filmstrip:
