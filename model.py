@@ -210,51 +210,38 @@ def sincos_2d(tokens, width):
 
 # ---------------------------------------------------------------------------------------------------- the losses
 
-CONSISTENCY_TARGETS = ("stop", "gradient", "ema")
-
-
-def losses(model, z, labels, noise, angle, nearer, consistency_weight=0.0, consistency_target="stop", weak_weight=0.0,
-           ema=None, sphere="global"):
+def losses(model, z, labels, noise, angle, nearer, consistency_weight=0.0, sphere="global"):
     """Latent reconstruction and consistency of one batch, in float32.
 
     z, noise: (B, T, C) clean latents and Gaussian noise; labels: (B,). angle: (B,) radians of the noisy ("strong") points.
     nearer: (B,) uniform in [0, 1); the "weak" point lies on the same arc at tan(weak) = nearer/2 * tan(angle).
-    consistency_weight: w; 0 leaves the weak point out (3 forwards' worth of compute instead of 4 to 6).
-    consistency_target: what the strong output is pulled to, the weak output behind a stop-gradient ("stop"), with its gradient
-    ("gradient"), or computed by the `ema` model ("ema"). weak_weight: the weak output's own reconstruction loss.
+    consistency_weight: w; 0 leaves the weak point out, and with it a quarter of the compute.
     Returns (total, reconstruction (B,), consistency (B,)). Source: paper, the two losses; arXiv 2602.15030 for the weak point.
     """
     mse = lambda a, b: (a.float() - b.float()).pow(2).mean((1, 2))
-    strong = rotate(z, noise, angle, sphere)
+    out = model(rotate(z, noise, angle, sphere), labels)
+    reconstruction = mse(out, z)
     if not consistency_weight:
-        reconstruction = mse(model(strong, labels), z)
         return reconstruction.mean(), reconstruction, torch.zeros_like(reconstruction)
-    weak = rotate(z, noise, torch.atan(0.5 * nearer * angle.tan()), sphere)
-    if consistency_target == "gradient" or weak_weight:            # both points as one batch, both with gradient
-        out, weak_out = model(torch.cat([strong, weak]), torch.cat([labels, labels])).chunk(2)
-    else:
-        out = model(strong, labels)
-    if consistency_target == "ema" or not (consistency_target == "gradient" or weak_weight):
-        with torch.no_grad():
-            target = (ema if consistency_target == "ema" else model)(weak, labels)
-    else:
-        target = weak_out if consistency_target == "gradient" else weak_out.detach()
-    reconstruction, consistency = mse(out, z), mse(out, target)
-    total = reconstruction.mean() + consistency_weight * consistency.mean()
-    return total + (weak_weight * mse(weak_out, z).mean() if weak_weight else 0), reconstruction, consistency
+    with torch.no_grad():
+        target = model(rotate(z, noise, torch.atan(0.5 * nearer * angle.tan()), sphere), labels)
+    consistency = mse(out, target)
+    return (reconstruction + consistency_weight * consistency).mean(), reconstruction, consistency
 
 
 # ---------------------------------------------------------------------------------------------------- sampling
 
 @torch.no_grad()
-def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=False, noise=None, start=None, max_angle=None,
+def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=False, noise=None, start=None, cfg_skip=0, max_angle=None,
              same_noise=False, pixel_loop=None):
     """Draw latents in a few steps: from noise to a prediction, back part of the way towards the noise, and again.
 
     labels: (B,) int64. steps: calls of the denoiser, at least 1. cfg_scale: s of classifier-free guidance, x_null + s (x - x_null);
-    1 turns it off, otherwise every step costs two forwards (NFE = 2 * steps). noise: (steps, B, T, C), new noise at every step, or
-    (B, T, C), the same at every step; when None it is drawn with `generator`, the former, or the latter with same_noise.
-    start: (B, T, C), the first point, when it is not to be pure noise. max_angle: degrees; step k of n goes back by tan(a) = (1 - k/n)^1.5 tan(max_angle) (default: training's, at most 85).
+    1 turns it off, otherwise a step costs two forwards. cfg_skip: so many first steps go unguided, though never the last two: from pure
+    noise guidance overshoots, and the later steps still bring the class out (NFE = 2 * steps - cfg_skip).
+    noise: (steps, B, T, C), new noise at every step, or (B, T, C), the same at every step; when None it is drawn with `generator`, the
+    former, or the latter with same_noise. start: (B, T, C), the first point, when it is not to be pure noise.
+    max_angle: degrees; step k of n goes back by tan(a) = (1 - k/n)^1.5 tan(max_angle) (default: training's, at most 85).
     pixel_loop: a codec; decode and encode again between the steps, as Sphere Encoder does, to see what staying in latent space saves.
     Returns (B, T, C) float32, or with return_all (steps, B, T, C), the output of every step. Source: paper, few-step sampling; arXiv 2207.12598, guidance.
     """
@@ -271,7 +258,7 @@ def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=F
     halves = [slice(None)]
 
     def predict(v):
-        """The denoiser's output, the guided and the unguided one as one batch, or one after the other once memory has been short."""
+        """The denoiser's output; the guided and the unguided one as one batch, or one after the other once memory has been short."""
         nonlocal halves
         try:
             return torch.cat([model(v[half], [m[half] for m in y] if isinstance(y, list) else y[half]).float() for half in halves])
@@ -290,6 +277,8 @@ def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=F
             v = rotate(x, noise[step], math.atan((1 - step / steps) ** 1.5 * math.tan(limit)), config.sphere)
         if cfg_scale == 1:
             x = predict(v)
+        elif step < min(cfg_skip, steps - 2):
+            x = model(v, [m[:len(v)] for m in y] if isinstance(y, list) else labels).float()
         else:
             x, x_null = predict(torch.cat([v, v])).chunk(2)
             x = x_null + cfg_scale * (x - x_null)

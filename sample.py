@@ -244,6 +244,7 @@ def main():
     how = parser.add_argument_group("how")
     how.add_argument("--steps", type=int, default=4, help="denoising steps")
     how.add_argument("--cfg_scale", type=float, help="guidance scale, 1 for none; default: the checkpoint's")
+    how.add_argument("--cfg_skip", type=int, help="so many first steps without guidance; default: the checkpoint's")
     how.add_argument("--max_angle", type=float, help="degrees, largest angle to go back by; default: the checkpoint's")
     how.add_argument("--start_angle", type=float, default=90, help="degrees; 90 begins at pure noise, less (try 55 with --steps 1) this far from a Gaussian "
                      "draw with the mean and covariance of the class's cached latents")
@@ -260,6 +261,8 @@ def main():
     for name in ("steps", "batch_size", "num_images"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.cfg_skip is not None and args.cfg_skip < 0:
+        parser.error(f"--cfg_skip must be at least 0, got {args.cfg_skip}")
     if not 0 <= args.start_angle <= 90:
         parser.error(f"--start_angle must lie between 0 and 90 degrees, got {args.start_angle:g}")
     if args.max_angle is not None and not 0 < args.max_angle < 90:
@@ -281,6 +284,7 @@ def main():
         codec.encoder = None                                       # not needed from here on
     names = checkpoint["classes"]
     cfg_scale = checkpoint["settings"]["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
+    cfg_skip = checkpoint["settings"].get("cfg_skip", 0) if args.cfg_skip is None else args.cfg_skip
     chosen = choose_classes(args.classes, names)
     number = args.num_images or (min(len(chosen), 10) if args.filmstrip else min(8 * len(chosen), 96))
     labels = torch.tensor(chosen)[torch.arange(number) % len(chosen)]
@@ -295,7 +299,7 @@ def main():
     if rank == 0:
         print(f"{path}: step {checkpoint['step']}, {number} images, {args.steps} steps, guidance {cfg_scale:g}, seed {args.seed}, {device.type}")
 
-    batches = sample_batches(model, codec, labels, args.batch_size, device, args.seed, args.dtype, steps=args.steps, cfg_scale=cfg_scale,
+    batches = sample_batches(model, codec, labels, args.batch_size, device, args.seed, args.dtype, steps=args.steps, cfg_scale=cfg_scale, cfg_skip=cfg_skip,
                              max_angle=args.max_angle, of_class=of_class, start_angle=args.start_angle, same_noise=args.same_noise, pixel_loop=codec if args.pixel_loop else None,
                              return_all=args.filmstrip, group=group)
     if rank > 0:

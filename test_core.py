@@ -192,15 +192,14 @@ def test_losses_are_the_papers_two_terms_and_send_gradient_where_they_say():
     angle, nearer = torch.full((4,), 1.2), torch.full((4,), 0.8)
     strong, weak = model.rotate(z, noise, angle), model.rotate(z, noise, math.atan(0.4 * math.tan(1.2)))
     mse = lambda a, b: (a - b).pow(2).mean((1, 2))
-    for target, weak_weight in (("stop", 0.0), ("gradient", 0.0), ("stop", 0.5), ("ema", 0.0), ("ema", 0.5)):
-        total, reconstruction, consistency = model.losses(denoiser, z, y, noise, angle, nearer, 0.3, target, weak_weight, random_denoiser())
-        out, weak_out = denoiser(strong, y), denoiser(weak, y)
-        torch.testing.assert_close(reconstruction, mse(out, z))
-        torch.testing.assert_close(consistency, mse(out, weak_out))                          # the average has the same weights here
-        expected = (mse(out, z) + 0.3 * mse(out, weak_out if target == "gradient" else weak_out.detach()) + weak_weight * mse(weak_out, z)).mean()
-        torch.testing.assert_close(total, expected)
-        for got, want in zip(*(torch.autograd.grad(x, list(denoiser.parameters())) for x in (total, expected))):
-            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
+    total, reconstruction, consistency = model.losses(denoiser, z, y, noise, angle, nearer, 0.3)
+    out, weak_out = denoiser(strong, y), denoiser(weak, y)
+    torch.testing.assert_close(reconstruction, mse(out, z))
+    torch.testing.assert_close(consistency, mse(out, weak_out))
+    expected = (mse(out, z) + 0.3 * mse(out, weak_out.detach())).mean()
+    torch.testing.assert_close(total, expected)
+    for got, want in zip(*(torch.autograd.grad(x, list(denoiser.parameters())) for x in (total, expected))):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- sampling
@@ -238,6 +237,18 @@ def test_guidance_extrapolates_from_the_null_class():
         x, null = (denoiser(model.to_sphere(noise), labels) for labels in (y, torch.full_like(y, 3)))
     torch.testing.assert_close(model.generate(denoiser, y, steps=1, noise=noise, cfg_scale=3), null + 3 * (x - null))
     torch.testing.assert_close(model.generate(denoiser, y, steps=1, noise=noise, cfg_scale=1), x)
+
+
+def test_first_steps_can_go_without_guidance_but_the_last_two_never_do():
+    denoiser, y, noise = random_denoiser(), torch.tensor([0, 1, 2]), torch.randn(4, 3, 16, 32)
+    draw = lambda n, **options: model.generate(denoiser, y, steps=n, noise=noise[:n], return_all=True, **options)
+    plain, guided, skipped = draw(4), draw(4, cfg_scale=3), draw(4, cfg_scale=3, cfg_skip=1)
+    torch.testing.assert_close(skipped[0], plain[0])
+    assert not torch.allclose(skipped[1], plain[1]) and not torch.allclose(skipped[1], guided[1])
+    torch.testing.assert_close(draw(4, cfg_scale=3, cfg_skip=9)[1], plain[1])
+    assert not torch.allclose(draw(4, cfg_scale=3, cfg_skip=9)[2], plain[2])
+    for n in (1, 2):
+        torch.testing.assert_close(draw(n, cfg_scale=3, cfg_skip=1), draw(n, cfg_scale=3))
 
 
 def test_guidance_takes_two_batches_where_memory_is_short(monkeypatch):
@@ -892,9 +903,7 @@ def test_settings_come_from_preset_dataset_and_flags_in_this_order():
     assert train.settings_of(dict(dataset="imagenet"))["preset"] == "XL"
     own = train.settings_of(dict(dataset="flowers", preset="tiny", lr=1.0, weight_decay=0.5))
     assert (own["preset"], own["max_angle"], own["lr"], own["weight_decay"]) == ("tiny", train.SETTINGS["tiny"]["max_angle"], 1.0, 0.5)
-    costs = [train.forwards(argparse.Namespace(consistency_weight=w, consistency_target=target, weak_weight=weak)) for w, target, weak in
-             [(0, "stop", 0), (1, "stop", 0), (1, "ema", 0), (1, "gradient", 0), (1, "stop", 1), (1, "ema", 1)]]
-    assert costs == [3, 4, 4, 6, 6, 7]
+    assert [train.forwards(argparse.Namespace(consistency_weight=w)) for w in (0, 0.5)] == [3, 4]
     assert (train.settings_of({})["preset"], train.settings_of(dict(dataset="some/folder"))["codec"]) == ("tiny", "small")
 
 

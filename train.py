@@ -34,7 +34,7 @@ import torch.nn as nn
 from encode import (CODECS, autocast, codec_path, default_codec, find_dataset, fingerprint, join, load_codec, open_cache, prepare, quiet_worker, read_rows,
                     run, to_float, try_load_image, write_file)
 from fid import evaluate, find_reference, load_extractor, load_reference
-from model import ANGLE_LAWS, CONSISTENCY_TARGETS, PRESETS, SPHERES, Denoiser, ModelConfig, flops, losses, noise_angle, sincos_2d
+from model import ANGLE_LAWS, PRESETS, SPHERES, Denoiser, ModelConfig, flops, losses, noise_angle, sincos_2d
 from sample import CHECKPOINT_FORMAT, load_checkpoint, make_filmstrip, make_grid, sample_batches, write_png
 
 try:
@@ -43,13 +43,13 @@ except ImportError:                                                # Windows
     resource = None
 
 # What a run is made of: COMMON, then the preset's, then the dataset's, then the command line's flags. All are stored in the checkpoint.
-COMMON = dict(dataset="shapes", flip=False, seed=0, weight_decay=0.01, grad_clip=1.0, accumulate=1, label_dropout=0.1, sphere="global",
-              angle_law="logit_normal", angle_mean=0.0, angle_std=1.0, consistency_weight=0.1, consistency_target="stop", weak_weight=0.0,
+COMMON = dict(dataset="shapes", flip=False, seed=0, weight_decay=0.01, grad_clip=1.0, accumulate=1, label_dropout=0.1, cfg_skip=0, sphere="global",
+              angle_law="logit_normal", angle_mean=0.0, angle_std=1.0, consistency_weight=0.1,
               eval_every=0, eval_images=2000, eval_features="inception")
 SETTINGS = {
-    # NOTE deviates: no consistency pass in tiny, which for the same time gained nothing (README, "Differences from the paper")
-    "tiny": dict(batch_size=128, max_steps=2200, lr=3e-3, warmup=100, ema_decay=0.999, angle_mean=0.5, max_angle=78.0,
-                 consistency_weight=0.0, cfg_scale=2.0, log_every=50, save_every=500, sample_every=500),
+    # NOTE deviates: no consistency pass, and no guidance at the first of more than two steps (README, "Results")
+    "tiny": dict(batch_size=128, max_steps=2200, lr=3e-3, warmup=100, ema_decay=0.999, max_angle=78.0,
+                 consistency_weight=0.0, cfg_scale=2.0, cfg_skip=1, log_every=50, save_every=500, sample_every=500),
     "S": dict(batch_size=256, max_steps=100_000, lr=2e-4, warmup=1000, ema_decay=0.9995, max_angle=85.0, cfg_scale=1.5,
               log_every=100, save_every=2500, sample_every=5000),
 }
@@ -127,8 +127,6 @@ def parse_args():
     preset_value(group, "--angle_mean", float, "mean of the logit-normal law")
     preset_value(group, "--angle_std", float, "spread of the logit-normal law")
     preset_value(group, "--consistency_weight", float, "weight of the consistency loss, 0 turns it off")
-    preset_value(group, "--consistency_target", str, "what the noisier output is pulled to", choices=CONSISTENCY_TARGETS)
-    preset_value(group, "--weak_weight", float, "weight of the nearer point's own reconstruction loss")
     preset_value(group, "--label_dropout", float, "share of labels replaced by none, for guidance")
     group = parser.add_argument_group("optimisation")
     preset_value(group, "--batch_size", int, "images a step, over all devices")
@@ -145,6 +143,7 @@ def parse_args():
     preset_value(group, "--save_every", int, "steps between checkpoints")
     preset_value(group, "--sample_every", int, "steps between sample grids")
     preset_value(group, "--cfg_scale", float, "guidance of the sample grids, and sample.py's default")
+    preset_value(group, "--cfg_skip", int, "so many first steps of sampling without guidance")
     preset_value(group, "--eval_every", int, "steps between FIDs of samples, 0 for none; the best checkpoint is kept as best.pt")
     preset_value(group, "--eval_images", int, "samples of such a FID")
     preset_value(group, "--eval_features", str, "whose features; codec needs no download", choices=["inception", "codec"])
@@ -168,6 +167,8 @@ def parse_args():
         parser.error("--compile both is for --bench")
     if args.keep < 0:
         parser.error(f"--keep must be at least 0, got {args.keep}")
+    if given.get("cfg_skip", 0) < 0:
+        parser.error(f"--cfg_skip must be at least 0, got {given['cfg_skip']}")
     for name in ("label_dropout", "ema_decay"):
         if not 0 <= given.get(name, 0) < 1:
             parser.error(f"--{name} must be at least 0 and below 1, got {given[name]:g}")
@@ -202,7 +203,7 @@ def train_step(model, ema, optimizer, step, s, z, labels, noise, angle, nearer, 
         last = i == len(parts[0]) - 1                              # DDP sums gradients over processes in the last part only
         with contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
             with amp():
-                loss, *terms = losses(model, z, labels, noise, angle, nearer, s.consistency_weight, s.consistency_target, s.weak_weight, ema, s.sphere)
+                loss, *terms = losses(model, z, labels, noise, angle, nearer, s.consistency_weight, s.sphere)
             (loss * (len(z) / sum(map(len, parts[0])))).backward()
         results.append((loss.detach()[None] * len(z), *(term.detach() for term in terms)))
     loss, reconstruction, consistency = (torch.cat(x) for x in zip(*results))
@@ -218,8 +219,7 @@ def train_step(model, ema, optimizer, step, s, z, labels, noise, angle, nearer, 
 
 def forwards(s):
     """What an image costs in training, in forward passes: a gradient triples one, a pass without gradient counts once."""
-    weak_gradient = s.consistency_target == "gradient" or s.weak_weight > 0
-    return 3 + (3 * weak_gradient + (s.consistency_target == "ema" or not weak_gradient) if s.consistency_weight else 0)
+    return 4 if s.consistency_weight else 3
 
 
 def matmul_rate(device, amp):
@@ -402,7 +402,7 @@ def train(cleanup, args, given):
 
     def sample_grids():
         shown = torch.arange(min(config.num_classes, 10)).repeat(6)
-        draw_images = functools.partial(sample_batches, ema, codec, batch_size=60, device=device, dtype=args.dtype, progress=False, cfg_scale=s.cfg_scale)
+        draw_images = functools.partial(sample_batches, ema, codec, batch_size=60, device=device, dtype=args.dtype, progress=False, cfg_scale=s.cfg_scale, cfg_skip=s.cfg_skip)
         names, folder = [meta["classes"][y] for y in shown], out_dir / "samples"
         write_png(folder / f"step_{step:06d}.png", make_grid(np.concatenate(list(draw_images(shown))), names, min(config.num_classes, 10)))
         strips = next(draw_images(shown[:config.num_classes][:10], return_all=True))
@@ -410,7 +410,7 @@ def train(cleanup, args, given):
 
     def evaluate_ema():
         labels = torch.arange(s.eval_images) % config.num_classes
-        batches = sample_batches(ema, codec, labels, 100, device, dtype=args.dtype, progress=False, cfg_scale=s.cfg_scale)
+        batches = sample_batches(ema, codec, labels, 100, device, dtype=args.dtype, progress=False, cfg_scale=s.cfg_scale, cfg_skip=s.cfg_skip)
         return evaluate(batches, s.eval_images, extractor, reference, ["fid"])["fid"]
 
     # one step's images, read a step ahead in a thread: latents, or with --live pixels; and labels
