@@ -248,7 +248,7 @@ def main():
     how.add_argument("--max_angle", type=float, help="degrees, largest angle to go back by; default: the checkpoint's")
     how.add_argument("--start_angle", type=float, default=90, help="degrees; 90 begins at pure noise, less (try 55 with --steps 1) this far from a Gaussian "
                      "draw with the mean and covariance of the class's cached latents")
-    how.add_argument("--same_noise", action="store_true", help="keep the first noise at every step instead of drawing anew")
+    how.add_argument("--same_noise", action=argparse.BooleanOptionalAction, help="keep the first noise at every step, or draw anew; default: the checkpoint's")
     how.add_argument("--pixel_loop", action="store_true", help="decode and encode between steps, as Sphere Encoder does")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--bench", action="store_true", help="time denoising and decoding instead of writing images")
@@ -284,7 +284,7 @@ def main():
         codec.encoder = None                                       # not needed from here on
     names = checkpoint["classes"]
     cfg_scale = checkpoint["settings"]["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
-    cfg_skip = checkpoint["settings"].get("cfg_skip", 0) if args.cfg_skip is None else args.cfg_skip
+    cfg_skip, same_noise = (checkpoint["settings"].get(name, 0) if getattr(args, name) is None else getattr(args, name) for name in ("cfg_skip", "same_noise"))
     chosen = choose_classes(args.classes, names)
     number = args.num_images or (min(len(chosen), 10) if args.filmstrip else min(8 * len(chosen), 96))
     labels = torch.tensor(chosen)[torch.arange(number) % len(chosen)]
@@ -300,7 +300,7 @@ def main():
         print(f"{path}: step {checkpoint['step']}, {number} images, {args.steps} steps, guidance {cfg_scale:g}, seed {args.seed}, {device.type}")
 
     batches = sample_batches(model, codec, labels, args.batch_size, device, args.seed, args.dtype, steps=args.steps, cfg_scale=cfg_scale, cfg_skip=cfg_skip,
-                             max_angle=args.max_angle, of_class=of_class, start_angle=args.start_angle, same_noise=args.same_noise, pixel_loop=codec if args.pixel_loop else None,
+                             max_angle=args.max_angle, of_class=of_class, start_angle=args.start_angle, same_noise=same_noise, pixel_loop=codec if args.pixel_loop else None,
                              return_all=args.filmstrip, group=group)
     if rank > 0:
         list(batches)                                              # does its share, and gets nothing back
