@@ -933,20 +933,24 @@ def bench(found, codec_name, codec, data_dir, batch_size, workers, dtype):
           f"{whole:.2f} ({whole / bare:.0%}); bare decoder {decoded:.2f}")
 
 
-def reconstruct(where, codec, out, batch_size, workers, dtype):
-    """Write originals beside their reconstructions, the first 32, to a PNG, and print the PSNR of all."""
-    where, device = Path(where), codec_device(codec)
-    paths = [str(where)] if where.is_file() else sorted(str(path) for path in where.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
-    if not paths:
-        raise FileNotFoundError(f"{where}: no such image, or no folder with images ({' '.join(SUFFIXES)}) in it")
-    found, psnr, shown = dict(labels=np.zeros(len(paths)), paths=paths), [], []
-    for start, images, _ in tqdm(read_images(found, codec.image_size, min(batch_size, len(paths)), workers), unit="batch", disable=len(paths) <= batch_size):
+def reconstruct(where, found, codec, out, batch_size, workers, dtype):
+    """Write originals beside their reconstructions, the first 32, to a PNG, and print the PSNR of all: of an image, a folder's, or 20 of the dataset's."""
+    device, psnr, shown = codec_device(codec), [], []
+    if not where:
+        paths = found["paths"] and [found["paths"][i] for i in np.linspace(0, len(found["paths"]) - 1, 20).astype(int)]
+    else:
+        where = Path(where)
+        paths = [str(where)] if where.is_file() else sorted(str(path) for path in where.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+        if not paths:
+            raise FileNotFoundError(f"{where}: no such image, or no folder with images ({' '.join(SUFFIXES)}) in it")
+    found = dict(labels=np.zeros(len(paths) if paths else 20), paths=paths)
+    for start, images, _ in tqdm(read_images(found, codec.image_size, min(batch_size, len(found["labels"])), workers), unit="batch", disable=len(found["labels"]) <= batch_size):
         x = to_float(images, device)
         with torch.no_grad(), autocast(device, dtype):
             y = codec.decode(codec.encode(x))
         psnr += (-10 * (y.float() - x).pow(2).mean((1, 2, 3)).clamp_min(1e-10).log10()).tolist()
         shown += [np.concatenate(pair, axis=1) for pair in zip(images, to_uint8(y))][:32 - len(shown)]             # (S, 2S, 3)
-    for path, value in list(zip(paths, psnr))[:32]:
+    for path, value in list(zip(paths or [], psnr))[:32]:
         print(f"{value:6.2f} dB  {path}")
     columns = min(4, len(shown))
     shown += [np.full_like(shown[0], 255)] * (-len(shown) % columns)
@@ -962,10 +966,11 @@ def main():
     parser.add_argument("--dataset", default="shapes", help="shapes, flowers, afhq, imagenet, or a folder with one sub-folder of images per class")
     parser.add_argument("--data_dir", default="data", help="folder that holds datasets and caches")
     parser.add_argument("--codec", choices=CODECS, help="frozen autoencoder; small: 32x32 images, small64: 64x64, rae: 256x256; "
-                        "default: rae for flowers, afhq, imagenet and --reconstruct, else small")
+                        "default: rae for flowers, afhq, imagenet and --reconstruct PATH, else small")
     parser.add_argument("--weights_dir", help="where the RAE's weights are, instead of torch.hub's folder")
     parser.add_argument("--flip", action="store_true", help="cache the mirrored views too, in twice the space")
-    parser.add_argument("--reconstruct", metavar="PATH", help="write this image, or a folder's images, beside their reconstructions")
+    parser.add_argument("--reconstruct", metavar="PATH", nargs="?", const="", help="write this image, a folder's images, or without PATH some of the "
+                        "dataset's, beside their reconstructions")
     parser.add_argument("--out", default="out/reconstruction.png", help="the picture that --reconstruct writes")
     parser.add_argument("--bench", action="store_true", help="time the encoder alone and with reading and writing, on the dataset's images")
     parser.add_argument("--fit", action="store_true", help="fit the small codec on the dataset instead of encoding it")
@@ -989,9 +994,9 @@ def main():
     path = codec_path(codec_name, found["name"], args.data_dir)
     first(lambda: (args.fit or path and not path.is_file()) and fit(found, codec_name, args.data_dir, device, args.workers, args.skip_bad, args.fit_steps))
     if not args.fit:
-        codec = load_codec(codec_name, path, device, decoder=bool(args.reconstruct or args.bench))
-        if args.reconstruct:
-            reconstruct(args.reconstruct, codec, args.out, args.batch_size, args.workers, args.dtype)
+        codec = load_codec(codec_name, path, device, decoder=args.bench or args.reconstruct is not None)
+        if args.reconstruct is not None:
+            reconstruct(args.reconstruct, found, codec, args.out, args.batch_size, args.workers, args.dtype)
         elif args.bench:
             bench(found, codec_name, codec, args.data_dir, args.batch_size, args.workers, args.dtype)
         else:

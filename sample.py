@@ -5,7 +5,7 @@
     python sample.py --num_images 10000 --out samples.npz        # as the ADM evaluator (and fid.py) reads it
     python sample.py --num_images 500 --out samples/             # numbered PNGs
     torchrun --nproc_per_node=8 sample.py --num_images 50000 --out samples.npz    # the same images, sooner
-    python sample.py --filmstrip                                 # the same start after 1, 2, ... steps
+    python sample.py --filmstrip                                 # after 1, 2, ... steps; also by guidance, angle, or slerp between samples
     python sample.py --bench                                     # images/s: denoising, decoding, guidance, 1 to 6 steps, through pixels
 
 Image i of a seed is always made from the same noise, however many are asked for and whatever the batch size.
@@ -26,10 +26,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from encode import autocast, codec_path, find_dataset, fingerprint, join, load_codec, open_cache, read_rows, run, to_uint8, write_file
-from model import Denoiser, ModelConfig, flops, generate, rotate
+from model import Denoiser, ModelConfig, flops, generate, rotate, to_sphere
 
 CHECKPOINT_FORMAT = 2
 START_LATENTS = 64              # latents of a class whose mean and covariance --start_angle draws from
+FILMSTRIPS = {                  # what --filmstrip can show, and what its columns stand for
+    "steps": None,                                                 # the image after 1, 2, ... steps
+    "guidance": [1, 1.5, 2, 3, 4, 6],                              # guidance scale, from the same noise
+    "angle": [0, 15, 30, 45, 60, 75, 90],                          # degrees by which the latent is turned towards noise
+    "slerp": [0, 0.2, 0.4, 0.6, 0.8, 1],                           # share of the arc to the next row's image
+}
 
 
 def find_checkpoint(out_dir="out"):
@@ -101,12 +107,27 @@ def draw_starts(of_class, labels, seed, indexes):
     return torch.stack(draws)
 
 
-def sample_batches(model, codec, labels, batch_size, device, seed=0, dtype="auto", progress=True, group=None, of_class=None, start_angle=90, **options):
+def turn_towards_noise(model, z, labels, noise):
+    """Latents (B, T, C) at the angles of FILMSTRIPS, and what the denoiser makes of each at one look: (2, angles, B, T, C)."""
+    noisy = [rotate(z, noise[0], math.radians(angle), model.config.sphere) for angle in FILMSTRIPS["angle"]]
+    length = z.pow(2).mean((1, 2), keepdim=True).sqrt()            # the denoiser's outputs have one of their own
+    return torch.stack([torch.stack([length * v for v in noisy]), torch.stack([model(v, labels).float() for v in noisy])])
+
+
+def walk_to_the_next(model, z, labels, noise):
+    """Along the great circle from each latent (B, T, C) to the next one, the last to the first (slerp): (places, B, T, C)."""
+    other, length = z.roll(-1, 0), z.pow(2).mean((1, 2), keepdim=True).sqrt()
+    whole = torch.acos((to_sphere(z) * to_sphere(other)).mean((1, 2)).clamp(-1, 1))                # (B,) radians
+    return torch.stack([torch.lerp(length, length.roll(-1, 0), share) * rotate(z, other, share * whole) for share in FILMSTRIPS["slerp"]])
+
+
+def sample_batches(model, codec, labels, batch_size, device, seed=0, dtype="auto", progress=True, group=None, of_class=None, start_angle=90, view=None, **options):
     """Generate and decode images for labels (N,) in batches; options go to `generate`.
 
     start_angle: degrees; below 90 the first point lies this far from a draw of `draw_starts` with of_class, and is not pure noise.
+    view: turns (model, latents, labels, noise) into the latents (..., B, T, C) that are decoded.
     group: processes that share the batches; the first one gets all images, the others yield nothing.
-    Yields (B, S, S, 3) uint8 arrays in order, or with return_all=True (steps, B, S, S, 3).
+    Yields (B, S, S, 3) uint8 arrays in order, or with return_all=True (steps, B, S, S, 3), or as view says.
     """
     steps = 1 if options.pop("same_noise", False) else options.get("steps", 4)
     rank, world = (group.rank(), group.size()) if group else (0, 1)
@@ -116,11 +137,13 @@ def sample_batches(model, codec, labels, batch_size, device, seed=0, dtype="auto
         if not len(y):
             return None
         indexes = range(first, first + len(y))
-        noise = draw_noise(seed, indexes, (steps, *codec.latent_shape))                            # (B, steps, T, C)
+        noise = draw_noise(seed, indexes, (steps, *codec.latent_shape)).transpose(0, 1)            # (steps, B, T, C)
         with torch.no_grad(), autocast(device, dtype):
             if start_angle < 90:
-                options["start"] = rotate(draw_starts(of_class, y, seed, indexes), noise[:, 0], math.radians(start_angle), model.config.sphere).to(device)
-            z = generate(model, y.to(device), noise=noise.transpose(0, 1).to(device), **options)
+                options["start"] = rotate(draw_starts(of_class, y, seed, indexes), noise[0], math.radians(start_angle), model.config.sphere).to(device)
+            y, noise = y.to(device), noise.to(device)
+            z = generate(model, y, noise=noise, **options)
+            z = view(model, z, y, noise) if view else z
             images = to_uint8(codec.decode(z.flatten(0, -3)))                                      # (steps * B, S, S, 3)
         return images.reshape(*z.shape[:-2], *images.shape[1:])
 
@@ -153,11 +176,12 @@ def make_grid(images, captions, columns):
     return grid
 
 
-def make_filmstrip(strips, names):
-    """A grid whose rows are images (steps, N, S, S, 3) uint8 and whose columns are steps. Returns a PIL image."""
-    steps, number = strips.shape[:2]
-    captions = [f"{name}, {step + 1}" for name in names[:number] for step in range(steps)]
-    return make_grid(strips.swapaxes(0, 1).reshape(-1, *strips.shape[2:]), captions, steps)
+def make_filmstrip(strips, names, columns):
+    """A grid of images (..., columns, N, S, S, 3) uint8: for each of N names its row, or rows, a caption under each. Returns a PIL image."""
+    rows = np.moveaxis(strips, -4, 0).reshape(-1, len(columns), *strips.shape[-3:])                # (N * rows, columns, S, S, 3)
+    each = len(rows) // strips.shape[-4]
+    captions = [f"{column:g}" if i else f"{names[row // each]}, {column:g}" for row in range(len(rows)) for i, column in enumerate(columns)]
+    return make_grid(np.concatenate(rows), captions, len(columns))
 
 
 def write_png(path, image):
@@ -240,7 +264,9 @@ def main():
     what.add_argument("--classes", nargs="+", help="names or numbers, drawn in equal numbers; default: all")
     what.add_argument("--seed", type=int, default=0, help="noise seed")
     what.add_argument("--out", help="x.png: a labelled grid, x.npz: arr_0 images and arr_1 labels, other: a folder of numbered PNGs")
-    what.add_argument("--filmstrip", action="store_true", help="a grid whose columns are the images after 1, 2, ... steps")
+    what.add_argument("--filmstrip", nargs="?", const="steps", choices=FILMSTRIPS, help="a grid with a row for each image, its columns: the image after "
+                      "1, 2, ... steps (the default); by guidance scale; its latent turned towards noise by an angle in degrees, and below what the denoiser "
+                      "makes of that in one look; or slerp, the way along the sphere to the next row's image")
     how = parser.add_argument_group("how")
     how.add_argument("--steps", type=int, default=4, help="denoising steps")
     how.add_argument("--cfg_scale", type=float, help="guidance scale, 1 for none; default: the checkpoint's")
@@ -288,7 +314,7 @@ def main():
     chosen = choose_classes(args.classes, names)
     number = args.num_images or (min(len(chosen), 10) if args.filmstrip else min(8 * len(chosen), 96))
     labels = torch.tensor(chosen)[torch.arange(number) % len(chosen)]
-    out = Path(args.out or Path(path).parent / f"{'filmstrip' if args.filmstrip else 'grid'}_{args.steps}steps_cfg{cfg_scale:g}_seed{args.seed}.png")
+    out = Path(args.out or Path(path).parent / f"{args.filmstrip or 'grid'}_{args.steps}steps_cfg{cfg_scale:g}_seed{args.seed}.png")
     kind = out.suffix.lower()
     if args.filmstrip and kind != ".png":
         parser.error(f"--filmstrip draws a .png, got --out {args.out}")
@@ -299,14 +325,20 @@ def main():
     if rank == 0:
         print(f"{path}: step {checkpoint['step']}, {number} images, {args.steps} steps, guidance {cfg_scale:g}, seed {args.seed}, {device.type}")
 
-    batches = sample_batches(model, codec, labels, args.batch_size, device, args.seed, args.dtype, steps=args.steps, cfg_scale=cfg_scale, cfg_skip=cfg_skip,
-                             max_angle=args.max_angle, of_class=of_class, start_angle=args.start_angle, same_noise=same_noise, pixel_loop=codec if args.pixel_loop else None,
-                             return_all=args.filmstrip, group=group)
+    draw = functools.partial(sample_batches, model, codec, labels, args.batch_size, device, args.seed, args.dtype, steps=args.steps, cfg_scale=cfg_scale,
+                             cfg_skip=cfg_skip, max_angle=args.max_angle, of_class=of_class, start_angle=args.start_angle, same_noise=same_noise,
+                             pixel_loop=codec if args.pixel_loop else None, return_all=args.filmstrip == "steps", group=group,
+                             view={"angle": turn_towards_noise, "slerp": walk_to_the_next}.get(args.filmstrip))
+    if args.filmstrip == "guidance":
+        strips = [list(draw(cfg_scale=scale)) for scale in FILMSTRIPS["guidance"]]
+        batches = [np.stack(images) for images in zip(*strips)]
+    else:
+        batches = draw()
     if rank > 0:
         list(batches)                                              # does its share, and gets nothing back
     elif args.filmstrip:
-        strips = np.concatenate(list(batches), axis=1)                                             # (steps, N, S, S, 3)
-        write_png(out, make_filmstrip(strips, [names[y] for y in labels]))
+        strips = np.concatenate(list(batches), axis=-4)                                            # (..., columns, N, S, S, 3)
+        write_png(out, make_filmstrip(strips, [names[y] for y in labels], FILMSTRIPS[args.filmstrip] or range(1, args.steps + 1)))
     elif kind == ".png":
         columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(number))
         write_png(out, make_grid(np.concatenate(list(batches)), [names[y] for y in labels], min(columns, number)))

@@ -516,6 +516,8 @@ def test_reconstruct_writes_pairs_and_prints_their_psnr(copied):
     np.testing.assert_array_equal(picture[:32, :32], original)
     error = ((picture[:32, 32:64] / 255 - original / 255) ** 2).mean()
     assert f"{-10 * np.log10(error):.1f}"[:3] == text.split()[0][:3] and text.count(" dB ") == 7
+    status, text = script("encode.py", "--dataset", "photos", "--reconstruct", "--workers", 1, cwd=copied)
+    assert status == 0 and text.count(" dB ") == 21 and Image.open(copied / "out/reconstruction.png").size == (256, 160), text
     fails_clearly(script("encode.py", "--reconstruct", "nowhere", "--codec", "small", cwd=copied), "nowhere", "no such image")
 
 
@@ -1093,15 +1095,27 @@ def test_benches_print_rates_and_shares(copied):
     fails_clearly(script("train.py", "--bench", "--latent", "15x8", cwd=copied), "--latent 15x8", "square")
 
 
-def test_filmstrip_shows_the_same_noise_after_every_step(workspace):
+def test_filmstrips_show_steps_guidance_angles_and_the_way_between_samples(workspace):
     checkpoint = sample.load_checkpoint(workspace / "out/photos/ckpt.pt") | dict(data_dir=workspace / "data")
     denoiser, codec = sample.load_model(checkpoint), sample.load_codec_of(checkpoint)
-    draw = lambda **options: next(sample.sample_batches(denoiser, codec, torch.tensor([0, 1]), 2, torch.device("cpu"), progress=False, **options))
-    strip = draw(steps=3, return_all=True)
-    assert strip.shape == (3, 2, 32, 32, 3)
-    assert np.array_equal(strip[2], draw(steps=3)) and np.array_equal(strip[0], draw(steps=1))
-    status, text = script("sample.py", "--filmstrip", "--steps", 3, "--out", workspace / "strip.png", cwd=workspace)
-    assert status == 0 and Image.open(workspace / "strip.png").width == 3 * 68 + 4, text
+    draw = lambda **options: next(sample.sample_batches(denoiser, codec, torch.tensor([0, 1, 1]), 3, torch.device("cpu"), progress=False, **options))
+    strip, last = draw(steps=3, return_all=True), draw(steps=3)
+    assert strip.shape == (3, 3, 32, 32, 3)
+    assert np.array_equal(strip[2], last) and np.array_equal(strip[0], draw(steps=1))
+
+    close = lambda a, b: np.abs(a.astype(int) - b).max() <= 1      # uint8 of numbers that are rounded differently
+    noisy, seen = draw(steps=3, view=sample.turn_towards_noise)
+    assert len(noisy) == len(seen) == len(sample.FILMSTRIPS["angle"])
+    noise = sample.draw_noise(0, range(3), (3, *codec.latent_shape))[:, 0]
+    assert close(noisy[0], last) and not close(noisy[-1], last)
+    denoised = denoiser(model.to_sphere(noise), torch.tensor([0, 1, 1]))
+    assert np.abs(seen[-1] - sample.to_uint8(codec.decode(denoised)).astype(int)).mean() < 12      # noise, but for its part along the latent
+
+    way = draw(steps=3, view=sample.walk_to_the_next)
+    assert len(way) == len(sample.FILMSTRIPS["slerp"]) and close(way[0], last) and close(way[-1], np.roll(last, -1, axis=0))
+    for kind, options, columns, rows in (("steps", ["--steps", 3], 3, 2), ("guidance", [], 6, 2), ("angle", [], 7, 4), ("slerp", [], 6, 2)):
+        status, text = script("sample.py", "--filmstrip", kind, *options, "--out", workspace / "strip.png", cwd=workspace)
+        assert status == 0 and Image.open(workspace / "strip.png").size == (columns * 68 + 4, rows * 80 + 4), text
 
 
 def test_starts_are_drawn_with_the_mean_and_covariance_of_the_class():

@@ -410,7 +410,7 @@ def train(cleanup, args, given):
         names, folder = [meta["classes"][y] for y in shown], out_dir / "samples"
         write_png(folder / f"step_{step:06d}.png", make_grid(np.concatenate(list(draw_images(shown))), names, min(config.num_classes, 10)))
         strips = next(draw_images(shown[:config.num_classes][:10], return_all=True))
-        write_png(folder / f"filmstrip_{step:06d}.png", make_filmstrip(strips, names))
+        write_png(folder / f"filmstrip_{step:06d}.png", make_filmstrip(strips, names, range(1, len(strips) + 1)))
 
     def evaluate_ema():
         labels = torch.arange(s.eval_images) % config.num_classes
