@@ -54,6 +54,13 @@ except ImportError:                                                # Windows: tw
 # ------------------------------------------------------------------------------------------- for every script
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Prints the script's docstring as it stands, and the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 def run(main):
     """Run a script's main(): what the user can mend ends in one line and a non-zero status, a bug in a traceback."""
     try:
@@ -960,26 +967,27 @@ def reconstruct(where, found, codec, out, batch_size, workers, dtype):
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python encode.py [flags], see --help",
-                                     description="Encode a dataset into the latent cache that train.py reads; fit, time or look at the autoencoder.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataset", default="shapes", help="shapes, flowers, afhq, imagenet, or a folder with one sub-folder of images per class")
-    parser.add_argument("--data_dir", default="data", help="folder that holds datasets and caches")
-    parser.add_argument("--codec", choices=CODECS, help="frozen autoencoder; small: 32x32 images, small64: 64x64, rae: 256x256; "
+    parser = argparse.ArgumentParser(usage="python encode.py [flags], see --help", description=__doc__, formatter_class=HelpFormatter)
+    group = parser.add_argument_group("what to encode, and with what")
+    group.add_argument("--dataset", default="shapes", help="shapes, flowers, afhq, imagenet, or a folder with one sub-folder of images per class")
+    group.add_argument("--data_dir", default="data", help="folder that holds datasets and caches")
+    group.add_argument("--codec", choices=CODECS, help="frozen autoencoder; small: 32x32 images, small64: 64x64, rae: 256x256; "
                         "default: rae for flowers, afhq, imagenet and --reconstruct PATH, else small")
-    parser.add_argument("--weights_dir", help="where the RAE's weights are, instead of torch.hub's folder")
-    parser.add_argument("--flip", action="store_true", help="cache the mirrored views too, in twice the space")
-    parser.add_argument("--reconstruct", metavar="PATH", nargs="?", const="", help="write this image, a folder's images, or without PATH some of the "
+    group.add_argument("--weights_dir", help="where the RAE's weights are, instead of torch.hub's folder")
+    group.add_argument("--flip", action="store_true", help="cache the mirrored views too, in twice the space")
+    group.add_argument("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
+    group = parser.add_argument_group("other work, instead of filling the cache")
+    group.add_argument("--reconstruct", metavar="PATH", nargs="?", const="", help="write this image, a folder's images, or without PATH some of the "
                         "dataset's, beside their reconstructions")
-    parser.add_argument("--out", default="out/reconstruction.png", help="the picture that --reconstruct writes")
-    parser.add_argument("--bench", action="store_true", help="time the encoder alone and with reading and writing, on the dataset's images")
-    parser.add_argument("--fit", action="store_true", help="fit the small codec on the dataset instead of encoding it")
-    parser.add_argument("--fit_steps", type=int, default=1500, help="optimizer steps of --fit, 128 images each")
-    parser.add_argument("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
-    parser.add_argument("--batch_size", type=int, default=128, help="images at a time, per process")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode images")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda, else float32")
+    group.add_argument("--out", default="out/reconstruction.png", help="the picture that --reconstruct writes")
+    group.add_argument("--fit", action="store_true", help="fit the small codec on the dataset instead of encoding it")
+    group.add_argument("--fit_steps", type=int, default=1500, help="optimizer steps of --fit, 128 images each")
+    group.add_argument("--bench", action="store_true", help="time the encoder alone and with reading and writing, on the dataset's images")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--batch_size", type=int, default=128, help="images at a time, per process")
+    group.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode images")
+    group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda, else float32")
     args = parser.parse_args()
     for name in ("fit_steps", "batch_size"):
         if getattr(args, name) < 1:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from encode import (CODECS, SUFFIXES, center_crop, checksum, codec_path, find_dataset, fingerprint, load_codec, pick_device, read_images, run, to_float,
+from encode import (CODECS, SUFFIXES, HelpFormatter, center_crop, checksum, codec_path, find_dataset, fingerprint, load_codec, pick_device, read_images, run, to_float,
                     write_file)
 from sample import write_npz
 
@@ -566,24 +566,25 @@ def choose_metrics(asked, features, statistics, reference, samples):
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python fid.py SAMPLES [flags], see --help",
-                                     description="FID, sFID, Inception Score, precision and recall of generated images.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("samples", help="npz with arr_0 (N, S, S, 3) uint8, or a folder of square images")
-    parser.add_argument("--ref", help="ADM's VIRTUAL_*.npz, statistics as pytorch-fid writes them, an npz or folder of images, or a dataset")
-    parser.add_argument("--metrics", nargs="+", default=list(METRICS)[:5], choices=METRICS,
+    parser = argparse.ArgumentParser(usage="python fid.py SAMPLES [flags], see --help", description=__doc__, formatter_class=HelpFormatter)
+    group = parser.add_argument_group("what to measure")
+    group.add_argument("samples", help="npz with arr_0 (N, S, S, 3) uint8, or a folder of square images")
+    group.add_argument("--ref", help="ADM's VIRTUAL_*.npz, statistics as pytorch-fid writes them, an npz or folder of images, or a dataset")
+    group.add_argument("--metrics", nargs="+", default=list(METRICS)[:5], choices=METRICS,
                         help="which to compute; agreement: how often a classifier trained on --ref finds the class asked for (arr_1)")
-    parser.add_argument("--json", action="store_true", help="print a last line of JSON, too")
-    parser.add_argument("--save_stats", metavar="FILE", help="write the reference's statistics to this npz, for ADM and pytorch-fid tools too")
-    parser.add_argument("--features", default="inception", choices=["inception", "codec"], help="codec: the frozen codec's pooled latents, offline")
-    parser.add_argument("--weights", help="Inception's weight file; default: the one in torch.hub's folder")
-    parser.add_argument("--codec", default="small", choices=CODECS, help="whose features --features codec takes")
-    parser.add_argument("--codec_dataset", help="the dataset the codec was fitted on; default: --ref if it is a dataset, else shapes")
-    parser.add_argument("--data_dir", default="data", help="folder that holds datasets and codecs")
-    parser.add_argument("--weights_dir", help="where weights are, instead of torch.hub's folder")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode images")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    group.add_argument("--json", action="store_true", help="print a last line of JSON, too")
+    group.add_argument("--save_stats", metavar="FILE", help="write the reference's statistics to this npz, for ADM and pytorch-fid tools too")
+    group = parser.add_argument_group("whose features")
+    group.add_argument("--features", default="inception", choices=["inception", "codec"], help="codec: the frozen codec's pooled latents, offline")
+    group.add_argument("--weights", help="Inception's weight file; default: the one in torch.hub's folder")
+    group.add_argument("--codec", default="small", choices=CODECS, help="whose features --features codec takes")
+    group.add_argument("--codec_dataset", help="the dataset the codec was fitted on; default: --ref if it is a dataset, else shapes")
+    group = parser.add_argument_group("place and machine")
+    group.add_argument("--data_dir", default="data", help="folder that holds datasets and codecs")
+    group.add_argument("--weights_dir", help="where weights are, instead of torch.hub's folder")
+    group.add_argument("--batch_size", type=int, default=64, help="images at a time")
+    group.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode images")
+    group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     if args.batch_size < 1:
         parser.error(f"--batch_size must be at least 1, got {args.batch_size}")

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from encode import autocast, codec_path, find_dataset, fingerprint, join, load_codec, open_cache, read_rows, run, to_uint8, write_file
+from encode import HelpFormatter, autocast, codec_path, find_dataset, fingerprint, join, load_codec, open_cache, read_rows, run, to_uint8, write_file
 from model import Denoiser, ModelConfig, flops, generate, rotate, to_sphere
 
 CHECKPOINT_FORMAT = 2
@@ -255,9 +255,7 @@ def bench(model, codec, batch_size, device, dtype):
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python sample.py [flags], see --help",
-                                     description="Draw images in a few steps from a trained denoiser.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(usage="python sample.py [flags], see --help", description=__doc__, formatter_class=HelpFormatter)
     what = parser.add_argument_group("what to draw")
     what.add_argument("--ckpt", help="checkpoint; default: the newest ckpt.pt under out/")
     what.add_argument("--num_images", type=int, help="how many; default: 8 a class, at most 96 (filmstrip: 1 a class, at most 10)")

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from encode import (CODECS, autocast, codec_path, default_codec, find_dataset, fingerprint, join, load_codec, open_cache, prepare, quiet_worker, read_rows,
+from encode import (CODECS, HelpFormatter, autocast, codec_path, default_codec, find_dataset, fingerprint, join, load_codec, open_cache, prepare, quiet_worker, read_rows,
                     run, to_float, try_load_image, write_file)
 from fid import evaluate, find_reference, load_extractor, load_reference
 from model import ANGLE_LAWS, PRESETS, SPHERES, Denoiser, ModelConfig, flops, losses, noise_angle, sincos_2d
@@ -100,9 +100,8 @@ def set_aside(out_dir):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(usage="python train.py [flags], see --help",
-                                     description="Train the denoiser on cached latents. Defaults marked (preset) come from SETTINGS and DATASETS in "
-                                     "train.py; with --resume, from the checkpoint.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(usage="python train.py [flags], see --help", description=__doc__, formatter_class=HelpFormatter,
+                                     epilog="Defaults marked (preset) come from SETTINGS and DATASETS in train.py; with --resume, from the checkpoint.")
 
     def preset_value(group, name, kind, text, **more):
         group.add_argument(name, **({} if kind is bool else dict(type=kind)), default=argparse.SUPPRESS, help=f"{text} (preset)", **more)
