@@ -25,19 +25,17 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------------- the sphere
 
-SPHERES = {"global": (1, 2), "token": (2,), "none": ()}    # the dimensions of (B, T, C) that share one radius
+SPHERES = ("global", "none")    # none: the ablation
 
 
 def to_sphere(z, sphere="global"):
     """Project latents onto the hypersphere: z / rms(z), in float32.
 
-    z: (B, T, C), any float dtype. sphere: "global", one sphere of radius sqrt(T*C) per latent; "token", one of radius
-    sqrt(C) per token; "none", z unchanged. Returns (B, T, C) float32. Source: Sphere Encoder, RMS-norm projection f.
+    z: (B, T, C), any float dtype. sphere: "global", one of radius sqrt(T*C) for the whole latent; "none", z unchanged.
+    Returns (B, T, C) float32. Source: Sphere Encoder, RMS-norm projection f.
     """
     z = z.float()
-    if sphere == "none":
-        return z
-    return z * z.pow(2).mean(SPHERES[sphere], keepdim=True).clamp_min(1e-12).rsqrt()
+    return z if sphere == "none" else z * z.pow(2).mean((1, 2), keepdim=True).clamp_min(1e-12).rsqrt()
 
 
 def rotate(z, noise, angle, sphere="global"):
@@ -51,26 +49,19 @@ def rotate(z, noise, angle, sphere="global"):
     angle = torch.as_tensor(angle, dtype=torch.float32, device=z.device).view(-1, 1, 1)           # (B or 1, 1, 1)
     if sphere == "none":
         return z + angle.tan() * e
-    e = to_sphere(e - z * (z * e).mean(SPHERES[sphere], keepdim=True), sphere)
+    e = to_sphere(e - z * (z * e).mean((1, 2), keepdim=True))
     return angle.cos() * z + angle.sin() * e
 
 
-ANGLE_LAWS = ("logit_normal", "tangent", "uniform")
+def noise_angle(u, max_angle=80.0, mean=0.0, std=1.0):
+    """Turn uniform numbers into noise angles: tan(a) = r tan(max_angle), r = sigmoid(mean + std * normal), a logit-normal law.
 
-
-def noise_angle(u, law="logit_normal", max_angle=80.0, mean=0.0, std=1.0):
-    """Turn uniform numbers into noise angles: tan(a) = r tan(max_angle), r in [0, 1] by the law.
-
-    u: (B,) in [0, 1); stratify it over the batch for a calmer loss. law: "logit_normal", r = sigmoid(mean + std * normal), the
-    paper's; "tangent", r = u, Sphere Encoder's; "uniform", a = u * max_angle, Sphere Encoder 2's. max_angle: degrees.
+    u: (B,) in [0, 1), turned into the normal; stratify it over the batch for a calmer loss. max_angle: degrees.
     Returns (B,) float32 radians. What is left of z at angle a is a signal-to-noise ratio of sqrt(T*C) / tan(a).
+    Source: the paper's law, its mean and spread unpublished; arXiv 2602.15030 for tangents instead of angles.
     """
-    limit = math.radians(max_angle)
-    if law == "uniform":
-        return u * limit
-    if law == "logit_normal":
-        u = torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
-    return torch.atan(u * math.tan(limit))
+    r = torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+    return torch.atan(r * math.tan(math.radians(max_angle)))
 
 
 # ---------------------------------------------------------------------------------------------------- the denoiser
@@ -241,14 +232,14 @@ def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=F
     noise guidance overshoots, and the later steps still bring the class out (NFE = 2 * steps - cfg_skip).
     noise: (steps, B, T, C), new noise at every step, or (B, T, C), the same at every step; when None it is drawn with `generator`, the
     former, or the latter with same_noise. start: (B, T, C), the first point, when it is not to be pure noise.
-    max_angle: degrees; step k of n goes back by tan(a) = (1 - k/n)^1.5 tan(max_angle) (default: training's, at most 85).
+    max_angle: degrees; step k of n goes back by tan(a) = (1 - k/n)^1.5 tan(max_angle) (default: training's).
     pixel_loop: a codec; decode and encode again between the steps, as Sphere Encoder does, to see what staying in latent space saves.
     Returns (B, T, C) float32, or with return_all (steps, B, T, C), the output of every step. Source: paper, few-step sampling; arXiv 2207.12598, guidance.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     config, device = model.config, labels.device
-    limit = math.radians(min(config.max_angle, 85.0) if max_angle is None else max_angle)          # tan(90) has no fractions
+    limit = math.radians(config.max_angle if max_angle is None else max_angle)
     if noise is None:
         shape = (1 if same_noise else steps, len(labels), config.tokens, config.channels)
         noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)

@@ -114,22 +114,22 @@ RUN = ("--batch_size", 8, "--log_every", 4, "--save_every", 4, "--sample_every",
 # ------------------------------------------------------------------------------------------- the sphere
 
 
-@pytest.mark.parametrize("sphere, dims", [("global", (1, 2)), ("token", (2,))])
-def test_projected_latents_have_rms_one_in_float32(sphere, dims):
-    z = model.to_sphere(torch.randn(4, 16, 32, dtype=torch.bfloat16) * 7, sphere)
-    assert z.dtype == torch.float32
-    torch.testing.assert_close(z.pow(2).mean(dims).sqrt(), torch.ones_like(z.pow(2).mean(dims)), rtol=1e-5, atol=0)
+def test_projected_latents_have_rms_one_in_float32():
+    z = torch.randn(4, 16, 32, dtype=torch.bfloat16) * 7
+    projected = model.to_sphere(z)
+    assert projected.dtype == torch.float32
+    torch.testing.assert_close(projected.pow(2).mean((1, 2)).sqrt(), torch.ones(4), rtol=1e-5, atol=0)
+    assert torch.equal(model.to_sphere(z, "none"), z.float())
 
 
-@pytest.mark.parametrize("sphere, dims", [("global", (1, 2)), ("token", (2,))])
-def test_rotation_stays_on_the_sphere_and_turns_by_exactly_the_angle(sphere, dims):
-    z, noise = model.to_sphere(torch.randn(5, 16, 32), sphere), torch.randn(5, 16, 32) * 3
+def test_rotation_stays_on_the_sphere_and_turns_by_exactly_the_angle():
+    z, noise = model.to_sphere(torch.randn(5, 16, 32)), torch.randn(5, 16, 32) * 3
     angle = torch.tensor([0.0, 0.3, 1.0, 1.5, math.pi / 2])
-    v = model.rotate(z, noise, angle, sphere)
-    torch.testing.assert_close(v.pow(2).mean(dims), torch.ones_like(v.pow(2).mean(dims)), rtol=1e-5, atol=1e-5)
-    cosine = (v * z).mean(dims)
-    torch.testing.assert_close(cosine, angle.cos().view(-1, *[1] * (cosine.ndim - 1)).expand_as(cosine), rtol=0, atol=1e-5)
-    assert ((v * noise).mean(dims) > -1e-5)[1:].all() or sphere == "token"
+    v = model.rotate(z, noise, angle)
+    torch.testing.assert_close(v.pow(2).mean((1, 2)), torch.ones(5), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((v * z).mean((1, 2)), angle.cos(), rtol=0, atol=1e-5)
+    assert ((v * noise).mean((1, 2)) > -1e-5)[1:].all()
+    torch.testing.assert_close(model.rotate(z[:4], noise[:4], angle[:4], "none"), z[:4] + angle[:4].tan()[:, None, None] * noise[:4])    # a plain sum
 
 
 def test_rotation_equals_projected_addition_of_orthogonal_noise():
@@ -139,12 +139,9 @@ def test_rotation_equals_projected_addition_of_orthogonal_noise():
     torch.testing.assert_close(model.rotate(z, e, 1.2), model.to_sphere(z + math.tan(1.2) * e), rtol=1e-4, atol=1e-5)
 
 
-def test_angle_laws_follow_their_definitions():
+def test_the_tangents_of_noise_angles_are_logit_normal():
     u = (torch.arange(10_000) + 0.5) / 10_000
-    tangent = model.noise_angle(u, "tangent", 80.0)
-    torch.testing.assert_close(tangent.tan() / math.tan(math.radians(80)), u, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model.noise_angle(u, "uniform", 80.0), u * math.radians(80))
-    r = model.noise_angle(u, "logit_normal", 80.0, mean=0.5, std=2.0).tan() / math.tan(math.radians(80))
+    r = model.noise_angle(u, 80.0, mean=0.5, std=2.0).tan() / math.tan(math.radians(80))
     logit = torch.log(r.double() / (1 - r.double()))
     assert abs(logit.mean() - 0.5) < 0.01 and abs(logit.std() - 2.0) < 0.02
 

@@ -34,7 +34,7 @@ import torch.nn as nn
 from encode import (CODECS, HelpFormatter, autocast, codec_path, default_codec, find_dataset, fingerprint, join, load_codec, open_cache, prepare, quiet_worker, read_rows,
                     run, to_float, try_load_image, write_file)
 from fid import evaluate, find_reference, load_extractor, load_reference
-from model import ANGLE_LAWS, PRESETS, SPHERES, Denoiser, ModelConfig, flops, losses, noise_angle, sincos_2d
+from model import PRESETS, SPHERES, Denoiser, ModelConfig, flops, losses, noise_angle, sincos_2d
 from sample import CHECKPOINT_FORMAT, load_checkpoint, make_filmstrip, make_grid, sample_batches, write_png
 
 try:
@@ -44,7 +44,7 @@ except ImportError:                                                # Windows
 
 # What a run is made of: COMMON, then the preset's, then the dataset's, then the command line's flags. All are stored in the checkpoint.
 COMMON = dict(dataset="shapes", flip=False, seed=0, weight_decay=0.01, grad_clip=1.0, accumulate=1, label_dropout=0.1, cfg_skip=0, same_noise=True,
-              sphere="global", angle_law="logit_normal", angle_mean=0.0, angle_std=1.0, consistency_weight=0.1,
+              sphere="global", angle_mean=0.0, angle_std=1.0, consistency_weight=0.1,
               eval_every=0, eval_images=2000, eval_features="inception")
 SETTINGS = {
     # NOTE deviates: no consistency pass, and no guidance at the first of more than two steps (README, "Results")
@@ -121,10 +121,9 @@ def parse_args():
     group = parser.add_argument_group("model and method")
     group.add_argument("--preset", choices=PRESETS, default=argparse.SUPPRESS, help="size of the denoiser, and its settings; "
                        "default: B for flowers and afhq, XL for imagenet, else tiny")
-    preset_value(group, "--sphere", str, "one sphere per latent, one per token, or none", choices=list(SPHERES))
-    preset_value(group, "--angle_law", str, "law of the noise angle", choices=ANGLE_LAWS)
+    preset_value(group, "--sphere", str, "one sphere per latent, or none, the ablation", choices=SPHERES)
     preset_value(group, "--max_angle", float, "largest noise angle, degrees")
-    preset_value(group, "--angle_mean", float, "mean of the logit-normal law")
+    preset_value(group, "--angle_mean", float, "mean of the logit-normal law of the noise angle")
     preset_value(group, "--angle_std", float, "spread of the logit-normal law")
     preset_value(group, "--consistency_weight", float, "weight of the consistency loss, 0 turns it off")
     preset_value(group, "--label_dropout", float, "share of labels replaced by none, for guidance")
@@ -160,7 +159,7 @@ def parse_args():
     for name in ("batch_size", "accumulate", "max_steps", "warmup", "log_every", "save_every", "sample_every", "lr", "grad_clip"):
         if given.get(name, 1) <= 0:
             parser.error(f"--{name} must be above 0, got {given[name]}")
-    if not 0 < given.get("max_angle", 1) <= (90 if given.get("angle_law") == "uniform" else 89.9):
+    if not 0 < given.get("max_angle", 1) < 90:
         parser.error(f"--max_angle must lie between 0 and 90 degrees, got {given['max_angle']:g}")
     if given.get("eval_every", 0) < 0 or given.get("eval_images", 2) < 2:
         parser.error("--eval_every must be at least 0 and --eval_images at least 2")
@@ -189,7 +188,7 @@ def draw(step, s, config, device):
     u = torch.rand(3, s.batch_size, generator=generator, device=device)
     noise = torch.randn(s.batch_size, config.tokens, config.channels, generator=generator, device=device)
     stratified = (torch.arange(s.batch_size, device=device) + u[0]) / s.batch_size
-    return noise, noise_angle(stratified, s.angle_law, s.max_angle, s.angle_mean, s.angle_std), u[2], u[1] < s.label_dropout
+    return noise, noise_angle(stratified, s.max_angle, s.angle_mean, s.angle_std), u[2], u[1] < s.label_dropout
 
 
 def train_step(model, ema, optimizer, step, s, z, labels, noise, angle, nearer, amp):
