@@ -223,23 +223,23 @@ def losses(model, z, labels, noise, angle, nearer, consistency_weight=0.0, spher
 # ---------------------------------------------------------------------------------------------------- sampling
 
 @torch.no_grad()
-def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=False, noise=None, start=None, cfg_skip=0, max_angle=None,
+def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=False, noise=None, start=None, cfg_skip=0,
              same_noise=False, pixel_loop=None):
-    """Draw latents in a few steps: from noise to a prediction, back part of the way towards the noise, and again.
+    """Draw latents in a few steps: from noise to a prediction, back part of the way towards noise, and again. Step k of n goes back by
+    tan(a) = (1 - k/n)^1.5 tan(training's largest angle).
 
     labels: (B,) int64. steps: calls of the denoiser, at least 1. cfg_scale: s of classifier-free guidance, x_null + s (x - x_null);
     1 turns it off, otherwise a step costs two forwards. cfg_skip: so many first steps go unguided, though never the last two: from pure
     noise guidance overshoots, and the later steps still bring the class out (NFE = 2 * steps - cfg_skip).
     noise: (steps, B, T, C), new noise at every step, or (B, T, C), the same at every step; when None it is drawn with `generator`, the
     former, or the latter with same_noise. start: (B, T, C), the first point, when it is not to be pure noise.
-    max_angle: degrees; step k of n goes back by tan(a) = (1 - k/n)^1.5 tan(max_angle) (default: training's).
     pixel_loop: a codec; decode and encode again between the steps, as Sphere Encoder does, to see what staying in latent space saves.
     Returns (B, T, C) float32, or with return_all (steps, B, T, C), the output of every step. Source: paper, few-step sampling; arXiv 2207.12598, guidance.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     config, device = model.config, labels.device
-    limit = math.radians(config.max_angle if max_angle is None else max_angle)
+    limit = math.tan(math.radians(config.max_angle))
     if noise is None:
         shape = (1 if same_noise else steps, len(labels), config.tokens, config.channels)
         noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
@@ -260,12 +260,12 @@ def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=F
         return predict(v)
 
     if start is None:
-        start = to_sphere(noise[0], config.sphere) * (math.tan(limit) if config.sphere == "none" else 1)
+        start = to_sphere(noise[0], config.sphere) * (limit if config.sphere == "none" else 1)
     outputs = []
     for step in range(steps):
         v = start
         if step:
-            v = rotate(x, noise[step], math.atan((1 - step / steps) ** 1.5 * math.tan(limit)), config.sphere)
+            v = rotate(x, noise[step], math.atan((1 - step / steps) ** 1.5 * limit), config.sphere)
         if cfg_scale == 1:
             x = predict(v)
         elif step < min(cfg_skip, steps - 2):

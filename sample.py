@@ -269,7 +269,6 @@ def main():
     how.add_argument("--steps", type=int, default=4, help="denoising steps")
     how.add_argument("--cfg_scale", type=float, help="guidance scale, 1 for none; default: the checkpoint's")
     how.add_argument("--cfg_skip", type=int, help="so many first steps without guidance; default: the checkpoint's")
-    how.add_argument("--max_angle", type=float, help="degrees, largest angle to go back by; default: the checkpoint's")
     how.add_argument("--start_angle", type=float, default=90, help="degrees; 90 begins at pure noise, less (try 55 with --steps 1) this far from a Gaussian "
                      "draw with the mean and covariance of the class's cached latents")
     how.add_argument("--same_noise", action=argparse.BooleanOptionalAction, help="keep the first noise at every step, or draw anew; default: the checkpoint's")
@@ -289,8 +288,6 @@ def main():
         parser.error(f"--cfg_skip must be at least 0, got {args.cfg_skip}")
     if not 0 <= args.start_angle <= 90:
         parser.error(f"--start_angle must lie between 0 and 90 degrees, got {args.start_angle:g}")
-    if args.max_angle is not None and not 0 < args.max_angle < 90:
-        parser.error(f"--max_angle must lie between 0 and 90 degrees, got {args.max_angle:g}")
 
     if args.weights_dir:
         torch.hub.set_dir(args.weights_dir)
@@ -324,7 +321,7 @@ def main():
         print(f"{path}: step {checkpoint['step']}, {number} images, {args.steps} steps, guidance {cfg_scale:g}, seed {args.seed}, {device.type}")
 
     draw = functools.partial(sample_batches, model, codec, labels, args.batch_size, device, args.seed, args.dtype, steps=args.steps, cfg_scale=cfg_scale,
-                             cfg_skip=cfg_skip, max_angle=args.max_angle, of_class=of_class, start_angle=args.start_angle, same_noise=same_noise,
+                             cfg_skip=cfg_skip, of_class=of_class, start_angle=args.start_angle, same_noise=same_noise,
                              pixel_loop=codec if args.pixel_loop else None, return_all=args.filmstrip == "steps", group=group,
                              view={"angle": turn_towards_noise, "slerp": walk_to_the_next}.get(args.filmstrip))
     if args.filmstrip == "guidance":

@@ -203,18 +203,18 @@ def test_losses_are_the_papers_two_terms_and_send_gradient_where_they_say():
 
 
 def test_generate_walks_noise_predict_rotate_predict():
-    denoiser, y = random_denoiser(), torch.tensor([0, 1, 2])
+    denoiser, y = random_denoiser(max_angle=60.0), torch.tensor([0, 1, 2])
     noise = torch.randn(3, 16, 32)
     e = model.to_sphere(noise)
     with torch.no_grad():
         x1 = denoiser(e, y)
         x2 = denoiser(model.rotate(x1, e, math.atan(0.5 ** 1.5 * math.tan(math.radians(60)))), y)
-    every = model.generate(denoiser, y, steps=2, noise=noise, max_angle=60, return_all=True)
+    every = model.generate(denoiser, y, steps=2, noise=noise, return_all=True)
     torch.testing.assert_close(every, torch.stack([x1, x2]))
     with torch.no_grad():
         x2_fresh = denoiser(model.rotate(x1, noise.flip(0), math.atan(0.5 ** 1.5 * math.tan(math.radians(60)))), y)
-    torch.testing.assert_close(model.generate(denoiser, y, steps=2, noise=torch.stack([noise, noise.flip(0)]), max_angle=60), x2_fresh)
-    torch.testing.assert_close(model.generate(denoiser, y, steps=2, noise=noise.flip(0), start=e, max_angle=60, return_all=True)[0], x1)
+    torch.testing.assert_close(model.generate(denoiser, y, steps=2, noise=torch.stack([noise, noise.flip(0)])), x2_fresh)
+    torch.testing.assert_close(model.generate(denoiser, y, steps=2, noise=noise.flip(0), start=e, return_all=True)[0], x1)
     again = [model.generate(denoiser, y, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(again[0], again[1]) and not torch.equal(again[0], again[2])
     with pytest.raises(ValueError, match="steps"):
@@ -1136,7 +1136,7 @@ def test_sampling_can_start_near_the_class_and_needs_the_cache_for_it(copied):
 
 
 def test_every_way_of_sampling_runs_from_the_command_line(copied):
-    for options in (["--cfg_scale", 2, "--max_angle", 50], ["--same_noise"], ["--pixel_loop"], ["--steps", 1], ["--dtype", "bfloat16"]):
+    for options in (["--cfg_scale", 2], ["--same_noise"], ["--pixel_loop"], ["--steps", 1], ["--dtype", "bfloat16"]):
         status, text = script("sample.py", "--num_images", 2, *options, "--out", "x.png", cwd=copied)
         assert status == 0, text
 
