@@ -146,6 +146,12 @@ def test_the_tangents_of_noise_angles_are_logit_normal():
     assert abs(logit.mean() - 0.5) < 0.01 and abs(logit.std() - 2.0) < 0.02
 
 
+def test_the_largest_angle_leaves_one_signal_to_noise_ratio_whatever_the_latents_size():
+    for tokens, channels in ((16, 8), (16, 32), (64, 32)):
+        assert math.sqrt(tokens * channels) / math.tan(math.radians(model.largest_angle(tokens, channels))) == pytest.approx(4.8, rel=0.05)
+    assert model.largest_angle(256, 768) == 85
+
+
 # ------------------------------------------------------------------------------------------- the denoiser
 
 
@@ -901,7 +907,7 @@ def test_settings_come_from_preset_dataset_and_flags_in_this_order():
     assert (flowers["preset"], flowers["codec"], flowers["lr"], flowers["weight_decay"]) == ("B", "rae", 2e-4, 0.0)
     assert train.settings_of(dict(dataset="imagenet"))["preset"] == "XL"
     own = train.settings_of(dict(dataset="flowers", preset="tiny", lr=1.0, weight_decay=0.5))
-    assert (own["preset"], own["max_angle"], own["lr"], own["weight_decay"]) == ("tiny", train.SETTINGS["tiny"]["max_angle"], 1.0, 0.5)
+    assert (own["preset"], own["ema_decay"], own["lr"], own["weight_decay"]) == ("tiny", train.SETTINGS["tiny"]["ema_decay"], 1.0, 0.5)
     assert [train.forwards(argparse.Namespace(consistency_weight=w)) for w in (0, 0.5)] == [3, 4]
     assert (train.settings_of({})["preset"], train.settings_of(dict(dataset="some/folder"))["codec"]) == ("tiny", "small")
 
@@ -1162,13 +1168,17 @@ def test_sampling_mistakes_end_in_one_clear_line(copied, tmp_path):
 # ------------------------------------------------------------------------------------------- README.md
 
 
-def test_readme_names_only_flags_and_files_that_exist():
-    text = (HERE / "README.md").read_text()
+def test_readme_names_only_flags_and_files_that_exist_and_their_true_lengths():
+    text = re.sub(r".*flow.*|.*--(angle_law|sphere token).*", "", (HERE / "README.md").read_text())    # a script that stands in the README; options of earlier commits
     scripts = "".join((HERE / name).read_text() for name in ("encode.py", "train.py", "sample.py", "fid.py"))
     flags = set(re.findall(r"(?<![\w-])--[a-z]\w+", text)) - {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
     assert len(flags) > 15 and [flag for flag in flags if f'"{flag}"' not in scripts] == []
     files = re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(r"python (\w+\.py)", text)
     assert len(files) > 6 and [name for name in files if not (HERE / name).is_file()] == []
+    counts = re.findall(r"\]\((\w+\.py)\) \| ([\d,]+) \|", text)
+    assert len(counts) == 6
+    for name, lines in counts:                                     # the file map is off by a tenth at most
+        assert abs(int(lines.replace(",", "")) / len((HERE / name).read_text().splitlines()) - 1) < 0.1, name
 
 
 # ------------------------------------------------------------------------------------------- fid.py

@@ -34,7 +34,7 @@ import torch.nn as nn
 from encode import (CODECS, HelpFormatter, autocast, codec_path, default_codec, find_dataset, fingerprint, join, load_codec, open_cache, prepare, quiet_worker, read_rows,
                     run, to_float, try_load_image, write_file)
 from fid import evaluate, find_reference, load_extractor, load_reference
-from model import PRESETS, SPHERES, Denoiser, ModelConfig, flops, losses, noise_angle, sincos_2d
+from model import PRESETS, SPHERES, Denoiser, ModelConfig, flops, largest_angle, losses, noise_angle, sincos_2d
 from sample import CHECKPOINT_FORMAT, load_checkpoint, make_filmstrip, make_grid, sample_batches, write_png
 
 try:
@@ -43,14 +43,15 @@ except ImportError:                                                # Windows
     resource = None
 
 # What a run is made of: COMMON, then the preset's, then the dataset's, then the command line's flags. All are stored in the checkpoint.
+# max_angle: None becomes model.largest_angle of the latent.
 COMMON = dict(dataset="shapes", flip=False, seed=0, weight_decay=0.01, grad_clip=1.0, accumulate=1, label_dropout=0.1, cfg_skip=0, same_noise=True,
-              sphere="global", angle_mean=0.0, angle_std=1.0, consistency_weight=0.1,
+              sphere="global", max_angle=None, angle_mean=0.0, angle_std=1.0, consistency_weight=0.1,
               eval_every=0, eval_images=2000, eval_features="inception")
 SETTINGS = {
     # NOTE deviates: no consistency pass, and no guidance at the first of more than two steps (README, "Results")
-    "tiny": dict(batch_size=128, max_steps=2200, lr=3e-3, warmup=100, ema_decay=0.999, max_angle=78.0,
-                 consistency_weight=0.0, cfg_scale=2.0, cfg_skip=1, log_every=50, save_every=500, sample_every=500),
-    "S": dict(batch_size=256, max_steps=100_000, lr=2e-4, warmup=1000, ema_decay=0.9995, max_angle=85.0, cfg_scale=1.5,
+    "tiny": dict(batch_size=128, max_steps=2200, lr=3e-3, warmup=100, ema_decay=0.999, consistency_weight=0.0,
+                 cfg_scale=2.0, cfg_skip=1, log_every=50, save_every=500, sample_every=500),
+    "S": dict(batch_size=256, max_steps=100_000, lr=2e-4, warmup=1000, ema_decay=0.9995, cfg_scale=1.5,
               log_every=100, save_every=2500, sample_every=5000),
 }
 SETTINGS["B"] = SETTINGS["L"] = SETTINGS["XL"] = SETTINGS["S"]
@@ -122,7 +123,7 @@ def parse_args():
     group.add_argument("--preset", choices=PRESETS, default=argparse.SUPPRESS, help="size of the denoiser, and its settings; "
                        "default: B for flowers and afhq, XL for imagenet, else tiny")
     preset_value(group, "--sphere", str, "one sphere per latent, or none, the ablation", choices=SPHERES)
-    preset_value(group, "--max_angle", float, "largest noise angle, degrees")
+    group.add_argument("--max_angle", type=float, default=argparse.SUPPRESS, help="largest noise angle, degrees; default: by the latent's size, 78 to 85")
     preset_value(group, "--angle_mean", float, "mean of the logit-normal law of the noise angle")
     preset_value(group, "--angle_std", float, "spread of the logit-normal law")
     preset_value(group, "--consistency_weight", float, "weight of the consistency loss, 0 turns it off")
@@ -188,7 +189,7 @@ def draw(step, s, config, device):
     u = torch.rand(3, s.batch_size, generator=generator, device=device)
     noise = torch.randn(s.batch_size, config.tokens, config.channels, generator=generator, device=device)
     stratified = (torch.arange(s.batch_size, device=device) + u[0]) / s.batch_size
-    return noise, noise_angle(stratified, s.max_angle, s.angle_mean, s.angle_std), u[2], u[1] < s.label_dropout
+    return noise, noise_angle(stratified, config.max_angle, s.angle_mean, s.angle_std), u[2], u[1] < s.label_dropout
 
 
 def train_step(model, ema, optimizer, step, s, z, labels, noise, angle, nearer, amp):
@@ -255,6 +256,7 @@ def bench(args, s, rank, world, device, amp):
     """Time training steps on made-up latents, and print them beside a large matrix product on the same device."""
     try:
         tokens, channels = map(int, args.latent.split("x"))
+        s.max_angle = s.max_angle or largest_angle(tokens, channels)
         config = ModelConfig(tokens=tokens, channels=channels, sphere=s.sphere, max_angle=s.max_angle, **PRESETS[s.preset])
         sincos_2d(tokens, config.width)                            # says what is wrong with the number of tokens
     except ValueError as error:
@@ -352,6 +354,7 @@ def train(cleanup, args, given):
             codec.encoder = None                                   # has done its work
 
     # model, its moving average, optimizer
+    s.max_angle = settings["max_angle"] = s.max_angle or largest_angle(*meta["shape"][1:])
     config = ModelConfig(tokens=meta["shape"][1], channels=meta["shape"][2], num_classes=len(meta["classes"]), sphere=s.sphere,
                          max_angle=s.max_angle, **PRESETS[s.preset])
     model, ddp, ema, optimizer = make_model(config, s, device, world, args.compile == "on" or (args.compile == "auto" and device.type == "cuda"))
