@@ -252,7 +252,8 @@ def class_agreement(images, labels, samples, asked, epochs=10):
     """Share of samples in which a classifier, trained here on real images, finds the class that was asked for.
 
     images (N, 32, 32, 3), samples (M, 32, 32, 3): uint8. labels (N,), asked (M,): int64; a random tenth of the real ones is held out.
-    Returns (that share, the same for the held-out images: what can be expected at best). Runs on the CPU, the same each time.
+    Returns (that share, the same for the held-out images: what can be expected at best). Runs on the CPU, the same each time
+    with the same number of threads.
     """
     held = torch.rand(len(images), generator=torch.Generator().manual_seed(0)) < 0.1
     with torch.random.fork_rng(devices=[]):
