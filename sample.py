@@ -309,7 +309,9 @@ def main():
     chosen = choose_classes(args.classes, names)
     number = args.num_images or (min(len(chosen), 10) if args.filmstrip else min(8 * len(chosen), 96))
     labels = torch.tensor(chosen)[torch.arange(number) % len(chosen)]
-    out = Path(args.out or Path(path).parent / f"{args.filmstrip or 'grid'}_{args.steps}steps_cfg{cfg_scale:g}_seed{args.seed}.png")
+    variant = "".join(f"_{name}_{value}" for name in ("cfg_skip", "start_angle", "same_noise", "pixel_loop")
+                      if (value := getattr(args, name)) != parser.get_default(name))
+    out = Path(args.out or Path(path).parent / f"{args.filmstrip or 'grid'}_{args.steps}steps_cfg{cfg_scale:g}_seed{args.seed}{variant}.png")
     kind = out.suffix.lower()
     if args.filmstrip and kind != ".png":
         parser.error(f"--filmstrip draws a .png, got --out {args.out}")

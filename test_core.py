@@ -1141,10 +1141,13 @@ def test_sampling_can_start_near_the_class_and_needs_the_cache_for_it(copied):
     fails_clearly(draw("--start_angle", 40), "no latent cache", "python encode.py --dataset photos")
 
 
-def test_every_way_of_sampling_runs_from_the_command_line(copied):
-    for options in (["--cfg_scale", 2], ["--same_noise"], ["--pixel_loop"], ["--steps", 1], ["--dtype", "bfloat16"]):
-        status, text = script("sample.py", "--num_images", 2, *options, "--out", "x.png", cwd=copied)
+def test_every_way_of_sampling_runs_and_writes_a_file_of_its_own(copied):
+    written = set()
+    for options in (["--cfg_scale", 3], ["--cfg_skip", 0], ["--same_noise"], ["--pixel_loop"], ["--steps", 1], ["--start_angle", 40], ["--dtype", "bfloat16"]):
+        status, text = script("sample.py", "--num_images", 2, *options, cwd=copied)
         assert status == 0, text
+        written.add(text.split("wrote ")[1].split()[0])
+    assert len(written) == 7 and all((copied / name).is_file() for name in written), written
 
 
 def test_sampling_mistakes_end_in_one_clear_line(copied, tmp_path):
