@@ -1109,10 +1109,11 @@ def test_filmstrips_show_steps_guidance_angles_and_the_way_between_samples(works
     close = lambda a, b: np.abs(a.astype(int) - b).max() <= 1      # uint8 of numbers that are rounded differently
     noisy, seen = draw(steps=3, view=sample.turn_towards_noise)
     assert len(noisy) == len(seen) == len(sample.FILMSTRIPS["angle"])
-    noise = sample.draw_noise(0, range(3), (3, *codec.latent_shape))[:, 0]
-    assert close(noisy[0], last) and not close(noisy[-1], last)
-    denoised = denoiser(model.to_sphere(noise), torch.tensor([0, 1, 1]))
-    assert np.abs(seen[-1] - sample.to_uint8(codec.decode(denoised)).astype(int)).mean() < 12      # noise, but for its part along the latent
+    labels, noise = torch.tensor([0, 1, 1]), sample.draw_noise(0, range(3), (3, *codec.latent_shape)).transpose(0, 1)
+    z = model.generate(denoiser, labels, steps=3, noise=noise)
+    half = model.rotate(z, noise[0], math.radians(45))             # in column 3
+    assert close(noisy[0], last) and close(noisy[3], sample.to_uint8(codec.decode(half)))
+    assert close(seen[3], sample.to_uint8(codec.decode(denoiser(half, labels)))) and not close(seen[3], noisy[3])
 
     way = draw(steps=3, view=sample.walk_to_the_next)
     assert len(way) == len(sample.FILMSTRIPS["slerp"]) and close(way[0], last) and close(way[-1], np.roll(last, -1, axis=0))
