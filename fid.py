@@ -615,21 +615,24 @@ def main():
         reasons = "; ".join(f"{METRICS[name]}: {why}" for name, why in left_out.items())
         raise ValueError(f"{args.ref}: nothing to compute ({reasons}); take another --ref or other --metrics")
     home = (find_dataset(args.codec_dataset, args.data_dir) if args.codec_dataset else images or {}).get("name", "shapes")
-    extractor = load_extractor(args.features, device, args.weights, args.codec, codec_path(args.codec, home, args.data_dir))
-    if statistics and len(statistics["mu"]) != extractor["width"]:
+    by_features = [name for name in metrics if name != "agreement"]
+    extractor = dict(size=None)                                    # what the class agreement needs of it
+    if by_features or args.save_stats:
+        extractor = load_extractor(args.features, device, args.weights, args.codec, codec_path(args.codec, home, args.data_dir))
+    if statistics and by_features and len(statistics["mu"]) != extractor["width"]:
         raise ValueError(f"{args.ref}: holds statistics of {len(statistics['mu'])} features, {args.features} has {extractor['width']}")
     if images and statistics and images["size"] != samples["size"]:
         warn(f"{args.ref} is of {images['size']}x{images['size']} images, {args.samples} of {samples['size']}x{samples['size']}")
     for what, n in (("samples", count), ("references", len(images["labels"]) if images and not statistics else count)):
-        if n < extractor["width"] and {"fid", "sfid"} & set(metrics):
+        if {"fid", "sfid"} & set(metrics) and n < extractor["width"]:
             warn(f"{n} {what} are fewer than the {extractor['width']} features: the covariance's rank is too low, the distance too large")
 
     size, reference = extractor["size"] or samples["size"], {}
-    if args.save_stats or metrics != ["is"]:
+    if args.save_stats or set(by_features) - {"is"}:
         reference = load_reference(statistics, images, size, extractor, metrics, args.batch_size, args.workers)
         if args.save_stats:
             save_statistics(args.save_stats, reference, images, size, args.batch_size, args.workers)
-    values = evaluate(read_batches(samples, size, args.batch_size, args.workers), count, extractor, reference, metrics)
+    values = evaluate(read_batches(samples, size, args.batch_size, args.workers), count, extractor, reference, by_features) if by_features else {}
     if "agreement" in metrics:
         chosen = shuffled(len(images["labels"]))[:KEPT_IMAGES]
         known = images | dict(paths=[images["paths"][i] for i in chosen], labels=images["labels"][chosen]) if images["paths"] else images

@@ -1397,7 +1397,7 @@ def test_statistics_of_a_reference_are_kept_and_made_anew_when_it_changes(tmp_pa
 def test_class_agreement_tells_images_of_the_class_asked_for_from_others(tmp_path, monkeypatch, capsys):
     images, labels = encode.shapes(120, seed=5)
     monkeypatch.setattr(encode, "SHAPES_COUNT", 2500)
-    measure = lambda *args: call(monkeypatch, capsys, tmp_path / "s.npz", "--features", "codec", "--metrics", "agreement", "--data_dir", tmp_path, *args)
+    measure = lambda *args: call(monkeypatch, capsys, tmp_path / "s.npz", "--metrics", "agreement", "--data_dir", tmp_path, *args)
     np.savez(tmp_path / "s.npz", arr_0=images, arr_1=np.where(np.arange(120) < 60, labels, (labels + 3) % 10))
     assert 0.4 < measure("--ref", "shapes")["agreement"] < 0.6     # half of the labels are wrong
     np.savez(tmp_path / "s.npz", arr_0=images)
