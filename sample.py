@@ -322,7 +322,8 @@ def main():
     if rank == 0:
         print(f"{path}: step {checkpoint['step']}, {number} images, {args.steps} steps, guidance {cfg_scale:g}, seed {args.seed}, {device.type}")
 
-    draw = functools.partial(sample_batches, model, codec, labels, args.batch_size, device, args.seed, args.dtype, steps=args.steps, cfg_scale=cfg_scale,
+    at_once = number if args.filmstrip == "slerp" else args.batch_size                             # the last one's next is the first
+    draw = functools.partial(sample_batches, model, codec, labels, at_once, device, args.seed, args.dtype, steps=args.steps, cfg_scale=cfg_scale,
                              cfg_skip=cfg_skip, of_class=of_class, start_angle=args.start_angle, same_noise=same_noise,
                              pixel_loop=codec if args.pixel_loop else None, return_all=args.filmstrip == "steps", group=group,
                              view={"angle": turn_towards_noise, "slerp": walk_to_the_next}.get(args.filmstrip))

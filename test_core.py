@@ -1117,9 +1117,11 @@ def test_filmstrips_show_steps_guidance_angles_and_the_way_between_samples(works
 
     way = draw(steps=3, view=sample.walk_to_the_next)
     assert len(way) == len(sample.FILMSTRIPS["slerp"]) and close(way[0], last) and close(way[-1], np.roll(last, -1, axis=0))
-    for kind, options, columns, rows in (("steps", ["--steps", 3], 3, 2), ("guidance", [], 6, 2), ("angle", [], 7, 4), ("slerp", [], 6, 2)):
+    for kind, options, columns, rows in (("steps", ["--steps", 3], 3, 2), ("guidance", [], 6, 2), ("angle", [], 7, 4), ("slerp", ["--batch_size", 1], 6, 2)):
         status, text = script("sample.py", "--filmstrip", kind, *options, "--out", workspace / "strip.png", cwd=workspace)
         assert status == 0 and Image.open(workspace / "strip.png").size == (columns * 68 + 4, rows * 80 + 4), text
+    tile = lambda row, column: np.asarray(Image.open(workspace / "strip.png"))[80 * row + 4:80 * row + 68, 68 * column + 4:68 * column + 68]
+    assert close(tile(0, 5), tile(1, 0)) and close(tile(1, 5), tile(0, 0))
 
 
 def test_starts_are_drawn_with_the_mean_and_covariance_of_the_class():
