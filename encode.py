@@ -950,8 +950,9 @@ def reconstruct(where, found, codec, out, batch_size, workers, dtype):
         paths = [str(where)] if where.is_file() else sorted(str(path) for path in where.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
         if not paths:
             raise FileNotFoundError(f"{where}: no such image, or no folder with images ({' '.join(SUFFIXES)}) in it")
-    found = dict(labels=np.zeros(len(paths) if paths else 20), paths=paths)
-    for start, images, _ in tqdm(read_images(found, codec.image_size, min(batch_size, len(found["labels"])), workers), unit="batch", disable=len(found["labels"]) <= batch_size):
+    count = len(paths) if paths else 20                            # shapes have no paths
+    batches = read_images(dict(labels=np.zeros(count), paths=paths), codec.image_size, min(batch_size, count), workers)
+    for _, images, _ in tqdm(batches, unit="batch", disable=count <= batch_size):
         x = to_float(images, device)
         with torch.no_grad(), autocast(device, dtype):
             y = codec.decode(codec.encode(x))

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from encode import (CODECS, SUFFIXES, HelpFormatter, center_crop, checksum, codec_path, find_dataset, fingerprint, load_codec, pick_device, read_images, run, to_float,
-                    write_file)
+from encode import (CODECS, SUFFIXES, HelpFormatter, center_crop, checksum, codec_path, find_dataset, fingerprint, load_codec, pick_device, read_images,
+                    run, to_float, write_file)
 from sample import write_npz
 
 METRICS = {"fid": "FID", "sfid": "sFID", "is": "Inception Score", "precision": "precision", "recall": "recall", "agreement": "class agreement"}

@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from encode import (CODECS, HelpFormatter, autocast, codec_path, default_codec, find_dataset, fingerprint, join, load_codec, open_cache, prepare, quiet_worker, read_rows,
-                    run, to_float, try_load_image, write_file)
+from encode import (CODECS, HelpFormatter, autocast, codec_path, default_codec, find_dataset, fingerprint, join, load_codec, open_cache, prepare,
+                    quiet_worker, read_rows, run, to_float, try_load_image, write_file)
 from fid import evaluate, find_reference, load_extractor, load_reference
 from model import PRESETS, SPHERES, Denoiser, ModelConfig, flops, largest_angle, losses, noise_angle, sincos_2d
 from sample import CHECKPOINT_FORMAT, load_checkpoint, make_filmstrip, make_grid, sample_batches, write_png
@@ -57,7 +57,7 @@ SETTINGS = {
 SETTINGS["B"] = SETTINGS["L"] = SETTINGS["XL"] = SETTINGS["S"]
 # The paper's sizes; the rest of its settings is not known, so these follow RAE (batch 1024, lr 2e-4, no weight decay) and Sphere Encoder (epochs).
 DATASETS = {
-    "shapes": dict(same_noise=False),                              # new noise at every step: better here, worse for the photographs tried (README, "Results")
+    "shapes": dict(same_noise=False),                              # new noise at every step: better here, far worse on CIFAR-10 (README, "Results")
     "flowers": dict(preset="B", weight_decay=0.0, max_steps=32_000),                               # 1,000 epochs
     "afhq": dict(preset="B", weight_decay=0.0, max_steps=57_000),                                  # 1,000 epochs
     "imagenet": dict(preset="XL", weight_decay=0.0, batch_size=1024, max_steps=500_000, save_every=5000),    # 400 epochs
@@ -256,8 +256,7 @@ def bench(args, s, rank, world, device, amp):
     """Time training steps on made-up latents, and print them beside a large matrix product on the same device."""
     try:
         tokens, channels = map(int, args.latent.split("x"))
-        s.max_angle = s.max_angle or largest_angle(tokens, channels)
-        config = ModelConfig(tokens=tokens, channels=channels, sphere=s.sphere, max_angle=s.max_angle, **PRESETS[s.preset])
+        config = ModelConfig(tokens=tokens, channels=channels, sphere=s.sphere, max_angle=s.max_angle or largest_angle(tokens, channels), **PRESETS[s.preset])
         sincos_2d(tokens, config.width)                            # says what is wrong with the number of tokens
     except ValueError as error:
         raise ValueError(f"--latent {args.latent}: must be tokens x channels, such as 256x768 ({error})") from error
@@ -354,9 +353,9 @@ def train(cleanup, args, given):
             codec.encoder = None                                   # has done its work
 
     # model, its moving average, optimizer
-    s.max_angle = settings["max_angle"] = s.max_angle or largest_angle(*meta["shape"][1:])
+    settings["max_angle"] = s.max_angle or largest_angle(*meta["shape"][1:])
     config = ModelConfig(tokens=meta["shape"][1], channels=meta["shape"][2], num_classes=len(meta["classes"]), sphere=s.sphere,
-                         max_angle=s.max_angle, **PRESETS[s.preset])
+                         max_angle=settings["max_angle"], **PRESETS[s.preset])
     model, ddp, ema, optimizer = make_model(config, s, device, world, args.compile == "on" or (args.compile == "auto" and device.type == "cuda"))
     step = 0
     if checkpoint:
