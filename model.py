@@ -1,20 +1,23 @@
-"""The idea: noise and images are two points of one hypersphere, and a transformer learns to walk from one to the other.
+"""The idea: noise and images are points of one hypersphere; a transformer learns to walk back from
+one to the other.
 
-A frozen autoencoder (encode.py) turns an image into a latent z: T tokens of C channels, d = T*C numbers. Scaled to
-rms 1, z lies on the sphere of radius sqrt(d), and so does Gaussian noise e. Both are equally long and, d being large,
-nearly orthogonal, so mixing in noise is a rotation of z towards e. The denoiser D is given the rotated point and the class y,
-not the angle, and predicts z:
+A frozen autoencoder (encode.py) turns an image into a latent z: T tokens of C channels, d = T * C
+numbers. Scaled to rms 1, z lies on the sphere of radius sqrt(d), and so does Gaussian noise e. Both
+are equally long and, d being large, nearly orthogonal, so adding noise is a rotation of z towards e.
+The denoiser D sees the rotated point and the class y, never the angle a, and predicts z:
 
-    v = cos(a) z + sin(a) e              `rotate`, its angle a drawn by `noise_angle`
-    L = |D(v, y) - z|^2                  `losses`: latent reconstruction,
-      + w |D(v, y) - sg D(v', y)|^2      and consistency with a point v' on the same arc, nearer to z
+    v = cos(a) z + sin(a) e                 `rotate`, its angle drawn by `noise_angle`
+    L = |D(v, y) - z|^2                     `losses`: reconstruction of the latent,
+      + w |D(v, y) - sg D(v', y)|^2         and consistency with a point v' nearer to z
 
-Sampling begins at pure noise and takes a few steps, each after a smaller rotation back towards noise (`generate`):
+Sampling starts from pure noise and takes a few steps, each from a point less noisy than the one
+before (`generate`); the image is decoded once, at the end:
 
-    v = e;  x = D(v, y);  v = rotate(x, e', a_1);  x = D(v, y);  v = rotate(x, e'', a_2);  ...;  image = decode(x), once
+    v = e;  x = D(v, y);  v = rotate(x, e', a_1);  x = D(v, y);  v = rotate(x, e'', a_2);  ...
 
-Source: "Efficient Image Synthesis with Sphere Latent Encoder", arXiv 2605.15592; geometry after Sphere Encoder, arXiv 2602.15030.
-Shapes: B batch, T tokens, C latent channels, D width, H heads.   `python model.py` lists the presets and their sizes.
+Source: "Efficient Image Synthesis with Sphere Latent Encoder", arXiv 2605.15592; the geometry is
+that of Sphere Encoder, arXiv 2602.15030. Shapes: B batch, T tokens, C latent channels, D width,
+H heads. `python model.py` lists the presets and their sizes.
 """
 import math
 from dataclasses import dataclass
@@ -23,68 +26,69 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------------- the sphere
-
-SPHERES = ("global", "none")    # none: the ablation
+# ------------------------------------------------------------------------------------ the sphere
 
 
-def to_sphere(z, sphere="global"):
-    """Project latents onto the hypersphere: z / rms(z), in float32.
+def to_sphere(z):
+    """Project latents onto the hypersphere: f(z) = z / rms(z).
 
-    z: (B, T, C), any float dtype. sphere: "global", one of radius sqrt(T*C) for the whole latent; "none", z unchanged.
-    Returns (B, T, C) float32. Source: Sphere Encoder, RMS-norm projection f.
+    z: (B, T, C), any float dtype. Returns (B, T, C) float32 of length sqrt(T * C).
+    Source: arXiv 2602.15030, the RMS-norm projection f.
     """
     z = z.float()
-    return z if sphere == "none" else z * z.pow(2).mean((1, 2), keepdim=True).clamp_min(1e-12).rsqrt()
+    return z * z.pow(2).mean((1, 2), keepdim=True).clamp_min(1e-12).rsqrt()
 
 
-def rotate(z, noise, angle, sphere="global"):
-    """Walk from z towards noise along their great circle: cos(a) z + sin(a) e, e being the part of noise orthogonal to z.
+def rotate(z, noise, angle, sphere=True):
+    """Walk from z towards noise along their great circle: cos(a) z + sin(a) e.
 
-    z, noise: (B, T, C), projected first. angle: (B,) or a scalar, radians. Returns (B, T, C) float32 on the sphere, at
-    exactly `angle` from z. With e orthogonal to z this equals Sphere Encoder's f(z + tan(a) e). Under sphere "none" (the
-    ablation) it is that sum without f. Source: arXiv 2602.15030, noising on the sphere; paper, "noisy latents are projected".
+    z, noise: (B, T, C), projected first; e is the part of noise orthogonal to z. angle: (B,) or a
+    number, radians. Returns (B, T, C) float32 on the sphere, exactly `angle` away from z. With e
+    orthogonal to z this equals Sphere Encoder's f(z + tan(a) e); sphere=False, the paper's
+    ablation, is that sum without f. Source: arXiv 2602.15030; paper, "projected noisy latents".
     """
-    z, e = to_sphere(z, sphere), to_sphere(noise, sphere)
-    angle = torch.as_tensor(angle, dtype=torch.float32, device=z.device).view(-1, 1, 1)           # (B or 1, 1, 1)
-    if sphere == "none":
-        return z + angle.tan() * e
+    angle = torch.as_tensor(angle, dtype=torch.float32, device=z.device).view(-1, 1, 1)
+    if not sphere:
+        return z.float() + angle.tan() * noise.float()
+    z, e = to_sphere(z), to_sphere(noise)
     e = to_sphere(e - z * (z * e).mean((1, 2), keepdim=True))
     return angle.cos() * z + angle.sin() * e
 
 
-def noise_angle(u, max_angle=80.0, mean=0.0, std=1.0):
-    """Turn uniform numbers into noise angles: tan(a) = r tan(max_angle), r = sigmoid(mean + std * normal), a logit-normal law.
+def noise_angle(u, max_angle, mean=0.0, std=1.0):
+    """Turn uniform numbers into noise angles: tan(a) = r tan(max_angle), r logit-normal.
 
-    u: (B,) in [0, 1), turned into the normal; stratify it over the batch for a calmer loss. max_angle: degrees.
-    Returns (B,) float32 radians. What is left of z at angle a is a signal-to-noise ratio of sqrt(T*C) / tan(a).
-    Source: the paper's law, its mean and spread unpublished; arXiv 2602.15030 for tangents instead of angles.
+    u: (B,) in [0, 1); spread it evenly over the batch for a calmer loss. max_angle: degrees.
+    mean, std: of the normal whose sigmoid is r. Returns (B,) float32 radians.
+    Source: paper, the noise distribution (its mean and spread are unpublished).
     """
-    r = torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
-    return torch.atan(r * math.tan(math.radians(max_angle)))
+    normal = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + 1e-6, 1 - 1e-6))
+    return torch.atan(torch.sigmoid(mean + std * normal) * math.tan(math.radians(max_angle)))
 
 
 def largest_angle(tokens, channels):
-    """The largest noise angle to train with, in whole degrees: where a signal-to-noise ratio of 4.8 is left, but at most Sphere Encoder's 85.
+    """The largest noise angle of training, in degrees: it leaves a signal-to-noise ratio of 4.8.
 
-    That ratio was best for latents of 128, 512 and 2048 numbers alike (README, "Results"); no one angle was.
+    At angle a the ratio is sqrt(T * C) / tan(a). One ratio was best for latents of every size
+    (assets/results.md); no single angle was.
     """
-    return float(min(85, round(math.degrees(math.atan(math.sqrt(tokens * channels) / 4.8)))))
+    return math.degrees(math.atan(math.sqrt(tokens * channels) / 4.8))
 
 
-# ---------------------------------------------------------------------------------------------------- the denoiser
+# ---------------------------------------------------------------------------------- the denoiser
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that the weights need to mean something: the latent's shape, the network's size, the sphere."""
+    """What the weights depend on: the latent's shape, the network's size, the noise they know."""
     tokens: int = 256               # T, a square grid
     channels: int = 768             # C
-    num_classes: int = 1000         # one more row is kept for "no class"
+    num_classes: int = 1000         # one more row of the class table means "no class"
     width: int = 768                # D
     depth: int = 12
     heads: int = 12
-    sphere: str = "global"          # one of SPHERES
-    max_angle: float = 80.0         # degrees; the noisiest point of training
+    sphere: bool = True             # False: the ablation
+    max_angle: float = 89.4         # degrees, `largest_angle` of the latent
 
 
 PRESETS = {    # patch size 1 throughout: a token of the latent is a token of the transformer
@@ -97,7 +101,7 @@ PRESETS = {    # patch size 1 throughout: a token of the latent is a token of th
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens, with RMS-normalised queries and keys so that bf16 logits can't run away."""
+    """Self-attention over all tokens; queries and keys are RMS-normalised to keep bf16 stable."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -108,14 +112,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)                          # 3 x (B, T, H, D/H)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)       # 3 x (B, T, H, D/H)
         q, k = self.q_norm(q.float()).to(v), self.k_norm(k.float()).to(v)
-        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))    # (B, H, T, D/H)
-        return self.proj(x.transpose(1, 2).flatten(2))                                             # (B, T, D)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # 3 x (B, H, T, D/H)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))                          # (B, T, D)
 
 
 class SwiGLU(nn.Module):
-    """The MLP: silu(x W1) * (x W2), then W3; two thirds of the usual 4x width, so that it costs the same."""
+    """The MLP: (silu(x W1) * (x W2)) W3, two thirds of the usual 4x width for the same cost."""
 
     def __init__(self, width):
         super().__init__()
@@ -126,6 +131,11 @@ class SwiGLU(nn.Module):
 
     def forward(self, x):
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+def modulate(x, shift, scale):
+    """x * (1 + scale) + shift, in one pass over x."""
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Block(nn.Module):
@@ -139,16 +149,18 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width)
         self.adaln = nn.Linear(width, 6 * width)
 
-    def forward(self, x, modulation):
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=2)                  # 6 x (B, 1, D)
-        x = torch.addcmul(x, gate1, self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1)))    # x + gate * attention(norm(x) * (1 + scale) + shift)
-        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2)))
+    def forward(self, x, y):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(y).chunk(6, dim=2)    # (B, 1, D)
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x
 
 
 class Denoiser(nn.Module):
-    """A SiT-style transformer from a noisy latent and its class to the clean latent; it is not told the noise angle.
+    """A SiT-style transformer from a noisy latent and its class to the clean latent.
 
-    Source: the released XL/1 state dict (401 tensors, 675,160,896 numbers), which has room for no noise-level embedding.
+    It is not told the noise angle: the released XL/1 state dict (401 tensors, 675,160,896 numbers)
+    has no room for such an embedding.
     """
 
     def __init__(self, config):
@@ -157,133 +169,130 @@ class Denoiser(nn.Module):
         width = config.width
         self.embed = nn.Linear(config.channels, width)
         self.register_buffer("position", sincos_2d(config.tokens, width))
-        self.classes = nn.Embedding(config.num_classes + 1, width)                                 # last row: no class
+        self.classes = nn.Embedding(config.num_classes + 1, width)              # last row: no class
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.adaln = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, config.channels)
+        self.init_weights()
+
+    def init_weights(self):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.classes.weight)                       # std 1, not DiT's 0.02: adaLN hears the class from step one
-        for layer in [block.adaln for block in self.blocks] + [self.adaln, self.out]:
-            nn.init.zeros_(layer.weight)                           # adaLN-zero: every block begins as the identity
-
-    def modulation(self, labels):
-        """All that the class decides: the shifts, scales and gates of every block, (B, 1, 6 D), and of the output, (B, 1, 2 D)."""
-        y = F.silu(self.classes(labels)).unsqueeze(1)                                              # (B, 1, D)
-        return [layer(y) for layer in [block.adaln for block in self.blocks] + [self.adaln]]
+        nn.init.normal_(self.classes.weight)    # std 1, not DiT's 0.02: the class is heard at once
+        for block in self.blocks:
+            nn.init.zeros_(block.adaln.weight)  # adaLN-zero: every block begins as the identity
+        nn.init.zeros_(self.adaln.weight)
+        nn.init.zeros_(self.out.weight)
 
     def forward(self, z, labels):
-        """Predict the clean latent. z: (B, T, C) on the sphere; labels: (B,) int64, num_classes for none, or their `modulation` -> (B, T, C)."""
-        *modulations, last = labels if isinstance(labels, list) else self.modulation(labels)
-        x = self.embed(z) + self.position                                                          # (B, T, D)
-        for block, modulation in zip(self.blocks, modulations):
-            x = block(x, modulation)
-        shift, scale = last.chunk(2, dim=2)                                                        # 2 x (B, 1, D)
-        return self.out(self.norm(x) * (1 + scale) + shift)                                        # (B, T, C)
+        """Predict the clean latent.
+
+        z: (B, T, C) on the sphere. labels: (B,) int64, num_classes for none. Returns (B, T, C).
+        """
+        y = F.silu(self.classes(labels)).unsqueeze(1)                           # (B, 1, D)
+        x = self.embed(z) + self.position                                       # (B, T, D)
+        for block in self.blocks:
+            x = block(x, y)
+        shift, scale = self.adaln(y).chunk(2, dim=2)                            # 2 x (B, 1, D)
+        return self.out(modulate(self.norm(x), shift, scale))                   # (B, T, C)
+
+
+def sincos_2d(tokens, width):
+    """Fixed positions of a square grid, row by row: (1, T, D), sin and cos of column and row."""
+    side = math.isqrt(tokens)
+    frequency = 10000.0 ** (-torch.arange(width // 4) / (width // 4))           # (D/4,)
+    phase = torch.arange(side)[:, None] * frequency                             # (side, D/4)
+    wave = torch.cat([phase.sin(), phase.cos()], dim=1)                         # (side, D/2)
+    column, row = wave.repeat(side, 1), wave.repeat_interleave(side, dim=0)     # 2 x (T, D/2)
+    return torch.cat([column, row], dim=1)[None]
 
 
 def flops(config):
-    """Floating-point operations of one image's forward pass, a multiply and an add counting as two.
+    """FLOPs of one image's forward pass, a multiply and an add counting as two.
 
-    Matrix products only: 2 * weights * tokens, the class's adaLN layers once per image, and 4 T^2 D per layer for attention.
+    Matrix products only: 2 T a weight, 4 T^2 D a layer for attention, adaLN once an image.
     """
     T, D, hidden = config.tokens, config.width, 8 * round(config.width / 3)
     block = 2 * T * (4 * D * D + 3 * D * hidden) + 4 * T * T * D + 2 * 6 * D * D
     return config.depth * block + 2 * T * 2 * config.channels * D + 2 * 2 * D * D
 
 
-def sincos_2d(tokens, width):
-    """Fixed sine-cosine positions of a square grid, row by row: (1, T, D), a quarter each for sin x, cos x, sin y, cos y."""
-    side = math.isqrt(tokens)
-    if side * side != tokens or width % 4:
-        raise ValueError(f"positions need a square number of tokens and a width divisible by 4, got {tokens} and {width}")
-    frequency = 10000.0 ** (-torch.arange(width // 4) / (width // 4))                              # (D/4,)
-    phase = torch.arange(side)[:, None] * frequency                                                # (side, D/4)
-    wave = torch.cat([phase.sin(), phase.cos()], dim=1)                                            # (side, D/2)
-    return torch.cat([wave.repeat(side, 1), wave.repeat_interleave(side, dim=0)], dim=1)[None]
+# ------------------------------------------------------------------------------------ the losses
 
 
-# ---------------------------------------------------------------------------------------------------- the losses
+def squared_error(a, b):
+    """(B, T, C) twice -> (B,), in float32."""
+    return (a.float() - b.float()).pow(2).mean((1, 2))
 
-def losses(model, z, labels, noise, angle, nearer, consistency_weight=0.0, sphere="global"):
-    """Latent reconstruction and consistency of one batch, in float32.
 
-    z, noise: (B, T, C) clean latents and Gaussian noise; labels: (B,). angle: (B,) radians of the noisy ("strong") points.
-    nearer: (B,) uniform in [0, 1); the "weak" point lies on the same arc at tan(weak) = nearer/2 * tan(angle).
-    consistency_weight: w; 0 leaves the weak point out, and with it a quarter of the compute.
-    Returns (total, reconstruction (B,), consistency (B,)). Source: paper, the two losses; arXiv 2602.15030 for the weak point.
+def losses(model, z, labels, noise, angle, nearer, consistency_weight=0.0):
+    """Reconstruction of the latent, and consistency with a less noisy point of the same arc.
+
+    model: a Denoiser, or DDP around one. z, noise: (B, T, C) clean latents and Gaussian noise;
+    labels: (B,). angle: (B,) radians, of the noisy ("strong") points. nearer: (B,) in [0, 1); the
+    "weak" point lies at tan(a') = nearer / 2 * tan(a). A weight of 0 saves the weak point's pass.
+    Returns (total, reconstruction (B,), consistency (B,)), float32.
+    Source: paper, the two losses; arXiv 2602.15030 for the weak point.
     """
-    mse = lambda a, b: (a.float() - b.float()).pow(2).mean((1, 2))
+    bare = getattr(model, "module", model)      # DDP may be called once a step only
+    sphere = bare.config.sphere
     out = model(rotate(z, noise, angle, sphere), labels)
-    reconstruction = mse(out, z)
-    if not consistency_weight:
+    reconstruction = squared_error(out, z)
+    if consistency_weight == 0:
         return reconstruction.mean(), reconstruction, torch.zeros_like(reconstruction)
     with torch.no_grad():
-        target = model(rotate(z, noise, torch.atan(0.5 * nearer * angle.tan()), sphere), labels)
-    consistency = mse(out, target)
-    return (reconstruction + consistency_weight * consistency).mean(), reconstruction, consistency
+        weak = torch.atan(0.5 * nearer * angle.tan())
+        target = bare(rotate(z, noise, weak, sphere), labels)
+    consistency = squared_error(out, target)
+    total = (reconstruction + consistency_weight * consistency).mean()
+    return total, reconstruction, consistency
 
 
-# ---------------------------------------------------------------------------------------------------- sampling
+# -------------------------------------------------------------------------------------- sampling
+
 
 @torch.no_grad()
-def generate(model, labels, steps=4, cfg_scale=1.0, generator=None, return_all=False, noise=None, start=None, cfg_skip=0,
-             same_noise=False, pixel_loop=None):
-    """Draw latents in a few steps: from noise to a prediction, back part of the way towards noise, and again. Step k of n goes back by
-    tan(a) = (1 - k/n)^1.5 tan(training's largest angle).
+def generate(model, labels, steps=4, cfg_scale=1.0, cfg_skip=0, same_noise=False, noise=None,
+             generator=None, between=None, return_all=False):
+    """Draw latents in a few steps: predict, turn back part of the way towards noise, predict again.
 
-    labels: (B,) int64. steps: calls of the denoiser, at least 1. cfg_scale: s of classifier-free guidance, x_null + s (x - x_null);
-    1 turns it off, otherwise a step costs two forwards. cfg_skip: so many first steps go unguided, though never the last two: from pure
-    noise guidance overshoots, and the later steps still bring the class out (NFE = 2 * steps - cfg_skip).
-    noise: (steps, B, T, C), new noise at every step, or (B, T, C), the same at every step; when None it is drawn with `generator`, the
-    former, or the latter with same_noise. start: (B, T, C), the first point, when it is not to be pure noise.
-    pixel_loop: a codec; decode and encode again between the steps, as Sphere Encoder does, to see what staying in latent space saves.
-    Returns (B, T, C) float32, or with return_all (steps, B, T, C), the output of every step. Source: paper, few-step sampling; arXiv 2207.12598, guidance.
+    Step k of n starts at the angle tan(a) = (1 - k/n)^1.5 tan(max_angle), the first at pure noise.
+
+    labels: (B,) int64. steps: at least 1. cfg_scale: s of classifier-free guidance,
+    x_null + s (x - x_null); 1 turns it off, any other doubles the cost of a step. cfg_skip: so many
+    first steps go without it, but never the last two: from pure noise it overshoots.
+    noise: (steps, B, T, C), or None to draw it with `generator`. same_noise: use the first step's
+    at every step. between: a function applied to the prediction between steps.
+    Returns (B, T, C) float32, or with return_all (steps, B, T, C), the prediction of every step.
+    Source: paper, few-step sampling; arXiv 2207.12598, classifier-free guidance.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
     config, device = model.config, labels.device
     limit = math.tan(math.radians(config.max_angle))
     if noise is None:
-        shape = (1 if same_noise else steps, len(labels), config.tokens, config.channels)
-        noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
-    noise = noise.expand(steps, *noise.shape[-3:])                                                 # (steps, B, T, C)
-    y = labels if cfg_scale == 1 else torch.cat([labels, torch.full_like(labels, config.num_classes)])
-    y = model.modulation(y) if isinstance(model, Denoiser) else y                                  # the same at every step
-    halves = [slice(None)]
-
-    def predict(v):
-        """The denoiser's output; the guided and the unguided one as one batch, or one after the other once memory has been short."""
-        nonlocal halves
-        try:
-            return torch.cat([model(v[half], [m[half] for m in y] if isinstance(y, list) else y[half]).float() for half in halves])
-        except torch.OutOfMemoryError:
-            if cfg_scale == 1 or len(halves) > 1:
-                raise
-        halves = [slice(len(labels)), slice(len(labels), None)]
-        return predict(v)
-
-    if start is None:
-        start = to_sphere(noise[0], config.sphere) * (limit if config.sphere == "none" else 1)
+        shape = (steps, len(labels), config.tokens, config.channels)
+        noise = torch.randn(shape, generator=generator, device=getattr(generator, "device", device))
+        noise = noise.to(device)
+    null = torch.full_like(labels, config.num_classes)
     outputs = []
     for step in range(steps):
-        v = start
-        if step:
-            v = rotate(x, noise[step], math.atan((1 - step / steps) ** 1.5 * limit), config.sphere)
-        if cfg_scale == 1:
-            x = predict(v)
-        elif step < min(cfg_skip, steps - 2):
-            x = model(v, [m[:len(v)] for m in y] if isinstance(y, list) else labels).float()
+        if step == 0:
+            v = to_sphere(noise[0]) if config.sphere else limit * noise[0]
         else:
-            x, x_null = predict(torch.cat([v, v])).chunk(2)
+            angle = math.atan((1 - step / steps) ** 1.5 * limit)
+            v = rotate(x, noise[0 if same_noise else step], angle, config.sphere)
+        if cfg_scale == 1 or step < min(cfg_skip, steps - 2):
+            x = model(v, labels).float()
+        else:
+            both = model(torch.cat([v, v]), torch.cat([labels, null])).float()
+            x, x_null = both.chunk(2)
             x = x_null + cfg_scale * (x - x_null)
-        if pixel_loop is not None and step < steps - 1:
-            x = pixel_loop.encode(pixel_loop.decode(x))
         outputs.append(x)
+        if between is not None and step < steps - 1:
+            x = between(x)
     return torch.stack(outputs) if return_all else x
 
 
@@ -291,4 +300,5 @@ if __name__ == "__main__":
     for name, preset in PRESETS.items():
         with torch.device("meta"):
             model = Denoiser(ModelConfig(**preset))
-        print(f"{name:5s}{sum(t.numel() for t in model.state_dict().values()):13,d} numbers  {flops(model.config) / 1e9:6.1f} GFLOP an image  {preset}")
+        numbers = sum(tensor.numel() for tensor in model.state_dict().values())
+        print(f"{name:5}{numbers:13,} numbers, {flops(model.config) / 1e9:6.1f} GFLOP an image")
