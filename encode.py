@@ -6,17 +6,17 @@
     python encode.py --dataset path/to/folder --fit --fit_steps 10000    # fit its codec again
     python encode.py --reconstruct photo.jpg --codec rae         # beside its reconstruction
 
-An image goes through this file from top to bottom: Dataset.load -> codec.encode -> a chunk file of
-the cache -> Cache.read. B images, S image size, T tokens, C latent channels, D width, H heads.
+Shapes: B images, S image size, T tokens, C latent channels, D width, H heads.
 """
-import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sys
 import tarfile
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,6 +34,8 @@ from tqdm import tqdm
 from model import rotate, to_sphere
 
 # ------------------------------------------------------------------------------ for every script
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 class UserError(Exception):
     """Something the user can fix: what is wrong and what to do, in one line."""
@@ -71,69 +73,60 @@ def write_file(path, write):
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"{path}: cannot be written ({cause.strerror}); what was there before is "
-                        "kept: fix that and run the command again") from error
+        raise UserError(f"{path}: {cause.strerror}; fix that and run the command again") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 def join(args):
     """Join the other processes, if torchrun started several: (rank, world size, device)."""
-    if args.weights_dir:
-        torch.hub.set_dir(args.weights_dir)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not dist.is_initialized():     # gloo waits while the first one downloads
+    torch.hub.set_dir(args.weights_dir)
+    if WORLD > 1 and not dist.is_initialized():     # gloo waits while the first one downloads
         dist.init_process_group("gloo", timeout=timedelta(days=1))
-    name = args.device
-    if name == "auto":
-        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    name = str(found) if args.device == "auto" else args.device
     if name == "cuda":                              # without a number, each process its own card
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with reading(f"--device {name}: not available", "use auto or cpu"):
         if name.startswith("cuda"):
             torch.cuda.set_device(name)
             torch.backends.cuda.enable_cudnn_sdp(False)     # its backward has given NaN in bf16
-        return rank, world, torch.empty(0, device=name).device
+        return RANK, WORLD, torch.empty(0, device=name).device
 
-def autocast(device, dtype):
-    """The autocast context of --dtype; auto is bf16 on cards that compute in it, else float32."""
+def autocast(device, dtype):        # dtype: auto is bfloat16 on cards that compute in it
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = dtype == "bfloat16" or (dtype == "auto" and native)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 def from_first(work):
     """The first process does the work; all return its result, or end with its error."""
-    rank, box = int(os.environ.get("RANK", 0)), [None, None]
-    if rank == 0:
+    box = [None]
+    if RANK == 0:
         try:
-            box[0] = work()
+            box = [work()]
         except UserError as error:
-            box[1] = error
+            box = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(box)
-    if box[1]:
-        raise box[1] if rank == 0 else SystemExit(1)
+    if isinstance(box[0], UserError):
+        raise box[0] if RANK == 0 else SystemExit(1)
     return box[0]
 
-def within(kind, low, high=float("inf")):
-    """An argparse type: a number from low to high."""
+def within(kind, low, high=float("inf")):           # makes an argparse type
     def number(text):
         if low <= kind(text) <= high:
             return kind(text)
-        raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
+        raise ArgumentTypeError(f"must be from {low} to {high}, got {text}")
     return number
 
 def make_parser(doc):
-    """A parser with the flags that all scripts share."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=style)
+    parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     add = parser.add_argument_group("place and machine").add_argument
     add("--data_dir", default="data", help="folder of datasets and latents; default: data")
-    add("--weights_dir", help="folder of downloaded weights; default: that of torch.hub")
+    add("--weights_dir", default=torch.hub.get_dir(), help="of downloads; default: torch.hub's")
     add("--workers", type=within(int, 1), default=max(1, min(16, cores)), help="reading threads")
     add("--device", default="auto", help="auto (the default), cuda, cuda:N, mps or cpu")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-        help="of matrix products; auto: bfloat16 on cards that compute in it, else float32")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: by device")
     return parser
 
 # ----------------------------------------------------------------------------------- the datasets
@@ -146,15 +139,11 @@ NAMED = {       # dataset -> folder of its training images, their archive and it
     "shapes": ("", None, None),
     "flowers": ("jpg", f"{OXFORD}/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa"),
     "afhq": ("train", "https://www.dropbox.com/s/t9l9o3vsx2jai3z/afhq.zip?dl=1", None),
-    "imagenet": ("train", None, None),
-}
+    "imagenet": ("train", None, None)}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 def shapes(n, seed=0):
-    """Draw shapes of ten classes, varied in colours, place, size and slightly in rotation.
-
-    Returns images (n, 32, 32, 3) uint8 RGB and labels (n,) int64, the classes in turn.
-    """
+    """Draw n shapes of ten classes in turn: images (n, 32, 32, 3) uint8, labels (n,) int64."""
     u = np.random.default_rng(seed).random((n, 10))
     images, labels = np.empty((n, 32, 32, 3), np.uint8), np.arange(n) % len(OUTLINES)
     for i in tqdm(range(n), desc="drawing shapes", unit="image", delay=1):
@@ -171,8 +160,7 @@ def shapes(n, seed=0):
         images[i] = np.round(255 * (background + cover * (colour - background)))
     return images, labels
 
-def center_crop(image, size):
-    """ADM's crop of a PIL image: halve while twice too large, scale the shorter side, cut."""
+def center_crop(image, size):       # ADM's: halve while twice too large, scale, cut the middle out
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -181,11 +169,9 @@ def center_crop(image, size):
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
-def load_image(path):
-    """Read a file as a PIL image in RGB: upright by its EXIF, transparency on white."""
-    with reading(f"{path}: cannot be read as an image", "fix or delete it, or pass --skip_bad"):
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+def load_image(path):               # as a PIL image in RGB, upright, transparency on white
+    with reading(f"{path}: cannot be read", "fix it, or pass --skip_bad"), Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):                          # convert() would clip 16-bit grey
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
         if image.has_transparency_data:
@@ -213,10 +199,7 @@ class Dataset:
         return image[:, ::-1] if i >= len(self) else image
 
     def batches(self, batches, size, workers, skip_bad=False):
-        """Lists of images for lists of indices, read in threads a batch ahead.
-
-        An unreadable image ends it with a UserError; with skip_bad it is reported, and None.
-        """
+        """Yield lists of images for lists of indices, read ahead; None for what skip_bad skips."""
         def load(i):
             try:
                 return self.load(i, size)
@@ -224,16 +207,11 @@ class Dataset:
                 if not skip_bad:
                     raise
                 tqdm.write(f"skipped {error}", file=sys.stderr)
-
-        ahead = None
         with ThreadPoolExecutor(workers) as pool:
-            for batch in [*batches, []]:
-                ready, ahead = ahead, pool.map(load, batch)
-                if ready:
-                    yield list(ready)
+            for ready, _ in itertools.pairwise(pool.map(load, batch) for batch in [*batches, []]):
+                yield list(ready)
 
 def download(url, path, md5=None):
-    """Fetch url to path unless it is there."""
     with reading(f"{path}: cannot be downloaded", f"try again, or save {url} there yourself"):
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,27 +220,23 @@ def download(url, path, md5=None):
                 path.unlink()
                 raise ValueError(f"md5 mismatch, expected {md5}")
 
-def obtain(folder, url, md5):
-    """Download an archive and unpack the folder of this name from it."""
+def obtain(folder, url, md5):       # download an archive, and unpack the folder from it
     archive = folder.with_name(url.split("/")[-1].split("?")[0])
+    temporary = folder.with_name(f".{folder.name}.tmp")
     download(url, archive, md5)
     if not hasattr(tarfile, "data_filter"):
         raise UserError(f"{archive}: unpacking it safely needs Python 3.10.12 or newer")
-    temporary = folder.with_name(f".{folder.name}.tmp")
     safely = {} if archive.suffix == ".zip" else {"filter": "data"}             # zip always is
     with reading(f"{archive}: cannot be unpacked", "delete it and run the command again"):
-        shutil.rmtree(temporary, ignore_errors=True)
         shutil.unpack_archive(archive, temporary, **safely)
         next(temporary.rglob(folder.name)).rename(folder)
     shutil.rmtree(temporary)
 
-def list_images(folder):
-    """The image files in a folder and below it, sorted, without hidden ones."""
+def list_images(folder):            # and of its sub-folders
     return sorted(os.path.join(place, file) for place, _, files in os.walk(folder)
                   for file in files if file.lower().endswith(SUFFIXES) and file[0] != ".")
 
-def list_flowers(folder):
-    """The classes, labels and paths of Oxford's folder jpg, with the labels beside it."""
+def list_flowers(folder):           # Oxford's jpg -> classes, labels, paths
     file, paths = folder.with_name("imagelabels.mat"), list_images(folder)
     download(f"{OXFORD}/imagelabels.mat", file, "e0620be6f572b9609742df49c70aed4d")
     with reading(f"{file}: unusable", f"delete it and {folder}, and run the command again"):
@@ -273,29 +247,21 @@ def list_flowers(folder):
     names = (ASSETS / "flowers.txt").read_text().splitlines()
     return [names[i - 1] for i in numbers], labels, paths
 
-def list_classes(folder):
-    """The classes, labels and paths of a folder with one sub-folder of images per class."""
-    files, empty = {}, [folder]
-    for sub in sorted(folder.iterdir()):
-        if sub.is_dir() and sub.name[0] not in "._":
-            found = list_images(sub)
-            if found:
-                files[sub.name] = found
-            elif sub.name.rpartition("-")[0] not in CODECS:     # those are latents
-                empty.append(sub)
+def list_classes(folder):           # with a sub-folder for each class -> classes, labels, paths
+    files = {sub.name: list_images(sub) for sub in sorted(folder.glob("[!._]*")) if sub.is_dir()}
+    files = {name: paths for name, paths in files.items()
+             if paths or name.rpartition("-")[0] not in CODECS}                 # those are latents
+    empty = [folder, *(folder / name for name in files if not files[name])]
     if len(empty) > 1 or not files:
-        raise UserError(f"{empty[-1]}: holds no images; a dataset has one sub-folder of images "
-                        f"({' '.join(SUFFIXES)}) per class")
+        raise UserError(f"{empty[-1]}: holds no images {SUFFIXES}; use one folder per class")
     labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
     return list(files), labels, sum(files.values(), [])
 
-def dataset_place(dataset, data_dir):
-    """(name, folder of the images) of --dataset, whether or not there are any."""
-    home, parent = Path(data_dir) / dataset, Path(data_dir).resolve().name
+def dataset_place(dataset, data_dir):       # its name, and the folder of its images, if any
     if dataset in NAMED:
-        return dataset, home / NAMED[dataset][0]
-    folder = Path(dataset) if Path(dataset).is_dir() else home
-    parts = [part for part in folder.resolve().parts[-2:] if part != parent]
+        return dataset, Path(data_dir) / dataset / NAMED[dataset][0]
+    folder = Path(dataset) if Path(dataset).is_dir() else Path(data_dir) / dataset
+    parts = [part for part in folder.resolve().parts[-2:] if part != Path(data_dir).resolve().name]
     return "-".join(parts), folder                              # data/a/train is called a-train
 
 def find_dataset(dataset, data_dir="data"):
@@ -307,31 +273,25 @@ def find_dataset(dataset, data_dir="data"):
     if dataset in ("flowers", "afhq") and not folder.is_dir():
         obtain(folder, *NAMED[dataset][1:])
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such dataset; choose shapes, flowers, afhq, a folder, or "
-                        "imagenet, once you have it from https://image-net.org, one sub-folder "
-                        f"per class: mkdir -p {folder.parent} && ln -s /path/to/it {folder}")
+        raise UserError(f"{folder}: no such dataset; choose shapes, flowers, afhq or a folder, or "
+                        f"link imagenet: mkdir -p {folder.parent} && ln -s /path/to/it {folder}")
     classes, labels, paths = (list_flowers if dataset == "flowers" else list_classes)(folder)
     listing = [f"{os.path.relpath(path, folder)} {os.path.getsize(path)} {label}\n"
                for path, label in zip(paths, labels)]
     digest = hashlib.sha256("".join(listing).encode()).hexdigest()
     return Dataset(name, classes, labels, paths, digest)
 
-# ------------------------------------------------------------ the representation autoencoder (RAE)
+# ------------------------------------------------------------- the codecs: RAE, and the small one
 
 COLLECTION = "https://huggingface.co/nyu-visionx/RAE-collections/resolve/main"
 DINOV2, COMMIT = "facebookresearch/dinov2", "b8931f7bf91576930313be2c6d6af376033b35f0"
-RAES = {    # codec -> DINOv2's letter, latent channels, folder, "-" and sha256 where it is known
-    "rae": ("b", 768, "wReg_base", "-84ede66d", "-5fedf7c9"),
-    "rae-small": ("s", 384, "wReg_small", "", ""),
-    "rae-large": ("l", 1024, "wReg_large", "", ""),
-}
-os.environ.setdefault("XFORMERS_DISABLED", "1")                 # one attention everywhere
-os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")     # in DINOv2's own code, too
+RAES = {    # codec -> DINOv2's letter, latent channels, folder, names of files and sha256 if known
+    "rae": ("b", 768, "wReg_base", "stat-84ede66d", "decoder-5fedf7c9"),
+    "rae-small": ("s", 384, "wReg_small", "stat", "decoder"),
+    "rae-large": ("l", 1024, "wReg_large", "stat", "decoder")}
+os.environ |= dict(XFORMERS_DISABLED="1", TORCH_FORCE_WEIGHTS_ONLY_LOAD="1")    # for DINOv2's code
 
-def dense(inputs, outputs):
-    return nn.ModuleDict({"dense": nn.Linear(inputs, outputs)})
-
-class DecoderLayer(nn.Module):
+class ViTLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), under the published names."""
     def __init__(self, hidden, heads, mlp):
         super().__init__()
@@ -339,10 +299,10 @@ class DecoderLayer(nn.Module):
         self.layernorm_before = nn.LayerNorm(hidden, eps=1e-12)
         qkv = {name: nn.Linear(hidden, hidden) for name in ("query", "key", "value")}
         self.attention = nn.ModuleDict({"attention": nn.ModuleDict(qkv)})
-        self.attention["output"] = dense(hidden, hidden)
+        self.attention["output"] = nn.ModuleDict({"dense": nn.Linear(hidden, hidden)})
         self.layernorm_after = nn.LayerNorm(hidden, eps=1e-12)
-        self.intermediate = dense(hidden, mlp)
-        self.output = dense(mlp, hidden)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(hidden, mlp)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(mlp, hidden)})
 
     def forward(self, x):
         y = self.layernorm_before(x)
@@ -362,93 +322,73 @@ class ViTDecoder(nn.Module):
         self.decoder_embed = nn.Linear(latent_dim, hidden)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, hidden))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, grid * grid + 1, hidden))
-        self.decoder_layers = nn.ModuleList(DecoderLayer(hidden, heads, mlp) for _ in range(depth))
+        self.decoder_layers = nn.Sequential(*[ViTLayer(hidden, heads, mlp) for _ in range(depth)])
         self.decoder_norm = nn.LayerNorm(hidden, eps=1e-12)
         self.decoder_pred = nn.Linear(hidden, patch * patch * 3)
 
-    def forward(self, tokens):
-        """(B, T, latent_dim) -> (B, 3, S, S) in ImageNet-normalised space, S = grid * patch."""
+    def forward(self, tokens):      # (B, T, latent_dim) -> (B, 3, S, S), in ImageNet's mean and std
         x = self.decoder_embed(tokens)
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], dim=1)
-        x = x + self.decoder_pos_embed                                          # (B, 1 + T, D)
-        for layer in self.decoder_layers:
-            x = layer(x)
+        x = self.decoder_layers(x + self.decoder_pos_embed)                     # (B, 1 + T, D)
         x = self.decoder_pred(self.decoder_norm(x))[:, 1:]                      # (B, T, P * P * 3)
         x = x.unflatten(2, (self.patch, self.patch, 3)).unflatten(1, (self.grid, self.grid))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)             # (B, 3, S, S)
 
-def load_dinov2(entry):
-    """DINOv2 with registers, its code and weights in torch.hub's folder or downloaded to it."""
+def load_dinov2(entry):             # from torch.hub's folder, or downloaded to it
     hub, file = Path(torch.hub.get_dir()), f"{entry}4_pretrain.pth"
     code = next(hub.glob("facebookresearch_dinov2_*/"), hub / f"facebookresearch_dinov2_{COMMIT}")
-    with reading(f"{code} or {hub / 'checkpoints' / file}: missing or damaged",
-                 "delete what is damaged and try again, or get them yourself: "
-                 f"https://github.com/{DINOV2}/archive/{COMMIT}.zip, unpacked, and "
+    with reading(f"{code} or {hub}/checkpoints/{file}: missing or damaged", "delete it and try "
+                 f"again, or get https://github.com/{DINOV2}/archive/{COMMIT}.zip, unpacked, and "
                  f"https://dl.fbaipublicfiles.com/dinov2/{entry.removesuffix('_reg')}/{file}"):
         if code.is_dir():
             return torch.hub.load(str(code), entry, source="local")
         return torch.hub.load(f"{DINOV2}:{COMMIT}", entry, skip_validation=True)
 
-def load_published(path, file, take):
-    """take(the contents of a file of RAE's collection), in torch.hub's folder or downloaded."""
-    place, url = Path(torch.hub.get_dir()) / "checkpoints" / file, f"{COLLECTION}/{path}"
+@contextlib.contextmanager
+def published(kind, folder, path, name):
+    """The contents of a file of RAE's collection, in torch.hub's folder or downloaded to it."""
+    file, url = f"rae-{folder}-{name}.pt", f"{COLLECTION}/{kind}/dinov2/{folder}/{path}"
+    place = Path(torch.hub.get_dir()) / "checkpoints" / file
     with reading(f"{place}: missing or damaged", f"delete it and try again, or get {url} yourself"):
-        return take(torch.hub.load_state_dict_from_url(
-            url, file_name=file, map_location="cpu", check_hash=True, weights_only=True))
+        yield torch.hub.load_state_dict_from_url(
+            url, file_name=file, map_location="cpu", check_hash=True, weights_only=True)
 
 class RAE(nn.Module):
-    """The paper's frozen autoencoder: DINOv2 with registers at 224 pixels, and a ViT-XL decoder.
-
-    Source: RAE, arXiv 2510.11690; DINOv2, arXiv 2304.07193; registers, arXiv 2309.16588.
-    """
-    image_size = 256
-
+    """RAE, arXiv 2510.11690, frozen: DINOv2 with registers at 224 pixels, and a ViT-XL decoder."""
     def __init__(self, name="rae", decoder=True):
         super().__init__()
-        letter, channels, folder, stat_sha, decoder_sha = RAES[name]
-        self.latent_shape = (256, channels)                     # (T, C)
-        self.encoder = load_dinov2(f"dinov2_vit{letter}14_reg")
-        # without the last norm's weights every token has mean 0 and variance 1
+        letter, channels, folder, stat_name, decoder_name = RAES[name]
+        self.image_size, self.latent_shape = 256, (256, channels)                       # (T, C)
+        self.encoder = load_dinov2(f"dinov2_vit{letter}14_reg")     # less its last norm's weights
         self.encoder.norm = nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
-        var, mean = load_published(
-            f"stats/dinov2/{folder}/imagenet1k/stat.pt", f"rae-{folder}-stat{stat_sha}.pt",
-            lambda stat: (stat["var"].float(), stat.get("mean")))               # (C, 16, 16)
-        mean, std = torch.zeros_like(var) if mean is None else mean.float(), (var + 1e-5).sqrt()
-        self.register_buffer("mean", mean.reshape(channels, 256).T.contiguous())        # (T, C)
-        self.register_buffer("std", std.reshape(channels, 256).T.contiguous())
+        with published("stats", folder, "imagenet1k/stat.pt", stat_name) as stat:
+            std, mean = (stat["var"].float() + 1e-5).sqrt(), stat.get("mean")   # (C, 16, 16)
+            mean = torch.zeros_like(std) if mean is None else mean.float()
+            self.register_buffer("mean", mean.reshape(channels, 256).T.contiguous())    # (T, C)
+            self.register_buffer("std", std.reshape(channels, 256).T.contiguous())
         self.register_buffer("pixel_mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         if decoder:
             with torch.device("meta"):
                 self.decoder = ViTDecoder(latent_dim=channels)
-            names = list(self.decoder.state_dict())
-            state = load_published(                             # surplus tensors do no harm
-                f"decoders/dinov2/{folder}/ViTXL_n08/model.pt",
-                f"rae-{folder}-decoder{decoder_sha}.pt", lambda state: {k: state[k] for k in names})
-            self.decoder.load_state_dict(state, assign=True)
+            with published("decoders", folder, "ViTXL_n08/model.pt", decoder_name) as state:
+                state = {name: state[name] for name in self.decoder.state_dict()}   # no surplus
+                self.decoder.load_state_dict(state, assign=True)
         self.eval().requires_grad_(False)
 
-    def encode(self, images):
-        """(B, 3, 256, 256) in [0, 1] -> (B, 256, C) float32, normalised place by place."""
-        x = images.float()
-        if x.shape[-1] != 224:                                  # not antialiased in RAE either
-            x = F.interpolate(x, size=(224, 224), mode="bicubic", align_corners=False)
+    def encode(self, images):       # (B, 3, 256, 256) in [0, 1] -> (B, 256, C) float32
+        x = F.interpolate(images.float(), 224, mode="bicubic")  # not antialiased in RAE either
         x = self.encoder.forward_features((x - self.pixel_mean) / self.pixel_std)
         return (x["x_norm_patchtokens"].float() - self.mean) / self.std
 
-    def decode(self, z):
-        """(B, 256, C) -> (B, 3, 256, 256) in [0, 1]."""
+    def decode(self, z):            # (B, 256, C) -> (B, 3, 256, 256) in [0, 1]
         x = self.decoder(z.float() * self.std + self.mean)
         return (x.float() * self.pixel_std + self.pixel_mean).clamp(0, 1)
 
-# ------------------------------------------------------------------------------- the small codec
-
-class Residual(nn.Sequential):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), 3x3, same width."""
+class Residual(nn.Sequential):      # x + conv(silu(norm(conv(silu(norm(x))))))
     def __init__(self, width):
-        super().__init__(
-            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+        super().__init__(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+                         nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
 
     def forward(self, x):
         return x + super().forward(x)
@@ -457,10 +397,7 @@ def upsample(inputs, outputs):
     return nn.Sequential(nn.Conv2d(inputs, 4 * outputs, 1), nn.PixelShuffle(2))
 
 class SmallCodec(nn.Module):
-    """A convolutional autoencoder: 8x8 pixels become a token, the latent a point on the sphere.
-
-    BatchNorm without weights whitens the channels: latents are spread over it as the noise is.
-    """
+    """A convolutional autoencoder: 8x8 pixels become a token, the latent a point on the sphere."""
     def __init__(self, image_size=32, channels=32):
         super().__init__()
         self.image_size, self.side = image_size, image_size // 8
@@ -470,41 +407,31 @@ class SmallCodec(nn.Module):
             nn.Conv2d(32, 64, 3, stride=2, padding=1), Residual(64),               # S / 4
             nn.Conv2d(64, 96, 3, stride=2, padding=1), Residual(96),               # S / 8
             nn.GroupNorm(8, 96), nn.SiLU(), nn.Conv2d(96, channels, 1),
-            nn.BatchNorm2d(channels, affine=False))
+            nn.BatchNorm2d(channels, affine=False))             # whitened, as the noise is
         self.decoder = nn.Sequential(
-            nn.Conv2d(channels, 128, 3, padding=1), Residual(128),
-            upsample(128, 80), Residual(80), upsample(80, 48), Residual(48),
-            nn.GroupNorm(8, 48), nn.SiLU(), upsample(48, 16), nn.Conv2d(16, 16, 3, padding=1),
-            nn.SiLU(), nn.Conv2d(16, 3, 3, padding=1))
+            nn.Conv2d(channels, 128, 3, padding=1), Residual(128), upsample(128, 80), Residual(80),
+            upsample(80, 48), Residual(48), nn.GroupNorm(8, 48), nn.SiLU(), upsample(48, 16),
+            nn.Conv2d(16, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 3, 3, padding=1))
 
-    def encode(self, images):
-        """(B, 3, S, S) in [0, 1] -> (B, T, C) float32 on the sphere."""
+    def encode(self, images):       # (B, 3, S, S) in [0, 1] -> (B, T, C) float32 on the sphere
         return to_sphere(self.encoder(2 * images - 1).flatten(2).transpose(1, 2))
 
-    def decode(self, z, clamp=True):
-        """(B, T, C), projected to the sphere first -> (B, 3, S, S) in [0, 1]."""
+    def decode(self, z, clamp=True):            # (B, T, C), projected -> (B, 3, S, S) in [0, 1]
         z = to_sphere(z).transpose(1, 2).unflatten(2, (self.side, self.side))
         images = 0.5 * self.decoder(z) + 0.5
         return images.clamp(0, 1) if clamp else images          # a clamp would stop gradients
 
-    def half_weights(self):
-        """Its state dict in 16 bits, what files and checkpoints keep."""
+    def half_weights(self):         # what files and checkpoints keep
         return {name: tensor.half() for name, tensor in self.state_dict().items()}
 
 SMALL_CODECS = {"small": 32, "small64": 64}                     # name -> image size
 CODECS = (*SMALL_CODECS, *RAES)
-FIT_IMAGES = 60_000                                             # at most, to fit a small codec
 
 def default_codec(dataset):
-    """The small codec for shapes and folders, the RAE for published datasets."""
     return "rae" if dataset in NAMED and dataset != "shapes" else "small"
 
 def load_codec(name, weights=None, device="cpu", decoder=True):
-    """A frozen codec, one of CODECS: encode, decode, image_size, latent_shape.
-
-    weights: a small codec's state dict or its file; default: the file shipped for shapes.
-    decoder: whether the RAE's is needed. Raises UserError that names a missing or damaged file.
-    """
+    """A frozen codec; weights: a small one's state dict or its file, by default that for shapes."""
     if name in RAES:
         return RAE(name, decoder).to(device)
     weights = weights or ASSETS / "small_shapes.pt"
@@ -515,29 +442,19 @@ def load_codec(name, weights=None, device="cpu", decoder=True):
         codec.load_state_dict(weights)
     return codec.to(device).eval().requires_grad_(False)
 
-def fingerprint(codec):
-    """Hex digest of what a codec's latents depend on: all its weights but the decoder's."""
-    digest = hashlib.sha256()
-    for name, tensor in codec.state_dict().items():
-        if not name.startswith("decoder."):
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
+def fingerprint(codec):             # of what its latents depend on: all but the decoder
+    parts = [name.encode() + tensor.cpu().numpy().tobytes()
+             for name, tensor in codec.state_dict().items() if not name.startswith("decoder.")]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
-def to_float(images, device="cpu"):
-    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32 in [0, 1]."""
+def to_float(images, device="cpu"):     # (B, S, S, 3) uint8 -> (B, 3, S, S) float32 in [0, 1]
     return torch.as_tensor(images).to(device).permute(0, 3, 1, 2) / 255
 
-def to_uint8(images):
-    """(B, 3, S, S) in [0, 1] -> (B, S, S, 3) uint8 numpy, rounded."""
-    images = (images.float() * 255).round().clamp(0, 255).byte()
-    return images.permute(0, 2, 3, 1).cpu().numpy()
+def to_uint8(images):                   # (B, 3, S, S) in [0, 1] -> (B, S, S, 3) uint8 numpy
+    return (images.float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 def fit_codec(images, name="small", steps=1500, batch_size=128, seed=0, device="cpu"):
-    """Train a small codec on images (N, S, S, 3) uint8; returns it frozen.
-
-    Loss: squared error of decode(rotate(encode(x), noise, a)), with a = 0 for one image in four,
-    else uniform up to half a radian, so that the decoder forgives the denoiser's mistakes.
-    """
+    """Train a small codec on images (N, S, S, 3) uint8; returns it frozen."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     codec = SmallCodec(SMALL_CODECS[name]).to(device, memory_format=torch.channels_last)
@@ -550,7 +467,7 @@ def fit_codec(images, name="small", steps=1500, batch_size=128, seed=0, device="
         z = codec.encode(x)
         u = torch.rand(2, batch_size, generator=generator)
         noise = torch.randn(z.shape, generator=generator).to(device)
-        z = rotate(z, noise, (0.5 * u[0] * (u[1] < 0.75)).to(device))
+        z = rotate(z, noise, (0.5 * u[0] * (u[1] < 0.75)).to(device))   # as the denoiser errs
         loss = (codec.decode(z, clamp=False) - x).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -559,37 +476,32 @@ def fit_codec(images, name="small", steps=1500, batch_size=128, seed=0, device="
         schedule.step()
     return load_codec(name, codec.half_weights(), device)       # as it will be used
 
-def codec_path(name, dataset, data_dir="data"):
-    """The newest weights of a dataset's small codec, those shipped for shapes, or None."""
+def codec_path(name, dataset, data_dir="data"):     # the newest fitted, or that shipped
     fitted = (Path(data_dir) / dataset_place(dataset, data_dir)[0]).glob(f"{name}-*.pt")
     shipped = ASSETS / "small_shapes.pt" if (name, dataset) == ("small", "shapes") else None
     return max(fitted, key=os.path.getmtime, default=shipped)
 
 def prepare_codec(name, args, device, fit_steps=0):
     """The codec of --dataset, downloaded or fitted first if need be; fit_steps: fit another."""
-    def fit():
-        dataset = find_dataset(args.dataset, args.data_dir)
-        rows = np.random.default_rng(0).permutation(len(dataset))[:FIT_IMAGES]
-        images = next(dataset.batches([rows], SMALL_CODECS[name], args.workers, args.skip_bad))
-        images = np.stack([image for image in images if image is not None])
-        codec = fit_codec(images, name, fit_steps or 1500, device=device)
-        path = Path(args.data_dir) / dataset.name / f"{name}-{fingerprint(codec)[:8]}.pt"
-        write_file(path, lambda file: torch.save(codec.half_weights(), file))
-        print(f"{path}: a small codec, fitted on {len(images):,} images")
+    def prepare():
+        home = Path(args.data_dir) / dataset_place(args.dataset, args.data_dir)[0]
+        path = codec_path(name, args.dataset, args.data_dir)
+        if name in RAES:
+            if args.dataset != "shapes" and not any(home.glob(f"{name}-*/index.json")):
+                find_dataset(args.dataset, args.data_dir)       # before gigabytes of weights
+            if dist.is_initialized():
+                RAE(name)
+        elif fit_steps or not path:
+            dataset = find_dataset(args.dataset, args.data_dir)
+            rows = np.random.default_rng(0).permutation(len(dataset))[:60_000]  # for memory
+            images = next(dataset.batches([rows], SMALL_CODECS[name], args.workers, args.skip_bad))
+            images = np.stack([image for image in images if image is not None])
+            codec = fit_codec(images, name, fit_steps or 1500, device=device)
+            path = home / f"{name}-{fingerprint(codec)[:8]}.pt"
+            write_file(path, lambda file: torch.save(codec.half_weights(), file))
+            print(f"{path}: a small codec, fitted on {len(images):,} images")
         return path
-
-    def download_once():
-        place = Path(args.data_dir) / dataset_place(args.dataset, args.data_dir)[0]
-        if args.dataset != "shapes" and not any(place.glob(f"{name}-*/index.json")):
-            find_dataset(args.dataset, args.data_dir)           # before gigabytes of weights
-        if dist.is_initialized():
-            RAE(name)
-
-    if name in RAES:
-        from_first(download_once)
-        return load_codec(name, device=device)
-    path = codec_path(name, args.dataset, args.data_dir)
-    return load_codec(name, path if path and not fit_steps else from_first(fit), device)
+    return load_codec(name, from_first(prepare), device)
 
 # ------------------------------------------------------------------------------- the latent cache
 
@@ -597,14 +509,10 @@ CHUNK = 256                                                     # images in a ch
 
 @dataclass(frozen=True)
 class Cache:
-    """Latents on disk: chunk files of CHUNK images, (n, T, C) float16, and index.json.
-
-    A chunk that exists is complete; index.json, written last, says that all do. An unreadable
-    image is a row of NaN, its label -1. With --flip, the mirrored images follow the others.
-    """
+    """Latents on disk: chunk files, each complete if it exists, and index.json, written last."""
     folder: Path
     classes: list                   # their names
-    labels: np.ndarray              # (N,) int64
+    labels: np.ndarray              # (N,) int64, -1 for an unreadable image, whose latent is NaN
     shape: tuple                    # (T, C)
     made_from: list                 # the codec's fingerprint, the dataset's digest, flip
 
@@ -612,49 +520,37 @@ class Cache:
         return self.folder / f"{k:06d}.npy"
 
     def chunks(self):
-        """The numbers of all chunks."""
         return range(-(-len(self.labels) // CHUNK))
 
     def missing(self):
         return [k for k in self.chunks() if not self.path(k).exists()]
 
-    def chunk(self, k):
-        """Chunk k as a memory map."""
+    def chunk(self, k):             # (n, T, C) float16, a memory map
         with reading(f"{self.path(k)}: damaged", "delete it and run encode.py again"):
             return np.load(self.path(k), mmap_mode="r")
 
-    def read(self, rows):
-        """Latents of some images, in any order: (B, T, C) float16."""
+    def read(self, rows):           # in any order -> (B, T, C) float16
         return torch.from_numpy(np.stack([self.chunk(i // CHUNK)[i % CHUNK] for i in rows]))
 
 def cache_key(made_from):
-    """The end of the name of a cache's folder."""
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:8]
 
 def read_index(file):
-    """The Cache of an index.json."""
     with reading(f"{file}: damaged", "delete it and run encode.py again"):
         index = json.loads(file.read_text())
-        return Cache(file.parent, **index | dict(labels=np.array(index["labels"])))
+        return Cache(**index | dict(folder=file.parent, labels=np.array(index["labels"])))
 
-def write_index(cache):
-    """Once all chunks exist: find the unreadable images, and write index.json."""
-    for k in cache.chunks():
-        bad = np.isnan(cache.chunk(k)[:, 0, 0])
-        cache.labels[k * CHUNK:][:len(bad)][bad] = -1
-    index = vars(cache) | dict(labels=cache.labels.tolist())
-    del index["folder"]
+def write_index(cache):             # once all chunks exist
+    bad = [np.isnan(cache.chunk(k)[:, 0, 0]) for k in cache.chunks()]
+    cache.labels[np.concatenate(bad)] = -1
+    index = vars(cache) | dict(folder=cache.folder.name, labels=cache.labels.tolist())
     write_file(cache.folder / "index.json", lambda file: file.write(json.dumps(index).encode()))
 
-@torch.no_grad()
-def write_chunks(cache, dataset, codec, device, args):
-    """Encode this process's share of the chunks that don't exist yet."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    todo = [k for k in cache.missing() if k % world == rank]
+def write_chunks(cache, dataset, codec, device, args):      # those of this process that are missing
+    todo = [k for k in cache.missing() if k % WORLD == RANK]
     rows = [range(len(cache.labels))[k * CHUNK:(k + 1) * CHUNK] for k in todo]
     loaded = dataset.batches(rows, codec.image_size, args.workers, args.skip_bad)
-    with tqdm(desc=f"encoding {dataset.name}", total=sum(map(len, rows)), unit="image",
-              mininterval=1, disable=rank > 0) as bar:
+    with tqdm(desc="encoding", total=sum(map(len, rows)), unit="image", disable=RANK > 0) as bar:
         for k, images in zip(todo, loaded):
             latents = np.full((len(images), *cache.shape), np.nan, np.float16)
             good = [i for i, image in enumerate(images) if image is not None]
@@ -667,32 +563,22 @@ def write_chunks(cache, dataset, codec, device, args):
             write_file(cache.path(k), lambda file: np.save(file, latents))
 
 def open_cache(name, codec, flip, device, args, key=""):
-    """The Cache of --dataset, whose missing chunks are encoded first. Raises UserError.
-
-    A complete one is taken without a look at the images if they are gone or a named dataset's, or
-    if its folder's name ends with key, as for a run that goes on.
-    """
-    place, folder = dataset_place(args.dataset, args.data_dir)
-    place, identity = Path(args.data_dir) / place, fingerprint(codec)
-
-    def find():
-        """A complete cache and None, or one to be completed and the dataset."""
-        files = sorted(place.glob(f"{name}-*{key}/index.json"), key=os.path.getmtime, reverse=True)
-        caches = [cache for cache in map(read_index, files)
+    """The Cache of --dataset, its missing chunks encoded first; key: that of a run that goes on."""
+    def find():                     # a complete Cache and None, or one to complete and its Dataset
+        place, folder = dataset_place(args.dataset, args.data_dir)
+        home, identity = Path(args.data_dir) / place, fingerprint(codec)
+        caches = [cache for cache in map(read_index, home.glob(f"{name}-*{key}/index.json"))
                   if cache.made_from[::2] == [identity, flip] and not cache.missing()]
         if caches and (key or args.dataset in NAMED or not list_images(folder)):
-            return caches[0], None
+            return max(caches, key=lambda cache: os.path.getmtime(cache.folder)), None
         dataset = find_dataset(args.dataset, args.data_dir)
-        labels, made_from = np.tile(dataset.labels, 1 + flip), [identity, dataset.digest, flip]
-        new = cache_key(made_from)
-        if key not in ("", new):
-            raise UserError(f"{place}: the images have changed since this run began, and its "
-                            "latents are gone; train again, with another --out_dir")
-        home = place / f"{name}-{new}"
-        cache = Cache(home, dataset.classes, labels, codec.latent_shape, made_from)
-        complete = any(other.made_from == made_from for other in caches)
+        made_from = [identity, dataset.digest, flip]
+        cache = Cache(home / f"{name}-{cache_key(made_from)}", dataset.classes,
+                      np.tile(dataset.labels, 1 + flip), codec.latent_shape, made_from)
+        if not cache.folder.name.endswith(key):
+            raise UserError(f"{home}: the images have changed; train again, with another --out_dir")
+        complete = cache.folder in [other.folder for other in caches]
         return cache, None if complete else dataset
-
     cache, dataset = from_first(find)
     if dataset:
         write_chunks(cache, dataset, codec, device, args)
@@ -703,13 +589,22 @@ def open_cache(name, codec, flip, device, args, key=""):
 
 # ------------------------------------------------------------------------------------- the script
 
-def reconstruct(dataset, rows, codec, device, args):
+def reconstruct(codec, device, args):
     """Write images beside their reconstructions to --out, 16 at most; print the PSNR of all."""
+    if args.reconstruct:
+        file = Path(args.reconstruct)
+        paths = [str(file)] if file.is_file() else list_images(file)
+        if not paths:
+            raise UserError(f"--reconstruct {file}: no image, and no folder with images")
+        dataset, rows = Dataset("", [], np.zeros(len(paths)), paths), np.arange(len(paths))
+    else:
+        dataset = find_dataset(args.dataset, args.data_dir)
+        rows = np.linspace(0, len(dataset) - 1, 16).astype(int)
     psnr, pairs = [], []
     batches = [rows[start:start + 64] for start in range(0, len(rows), 64)]
     for images in dataset.batches(batches, codec.image_size, args.workers):
         x = to_float(np.stack(images), device)
-        with torch.no_grad(), autocast(device, args.dtype):
+        with autocast(device, args.dtype):
             y = codec.decode(codec.encode(x)).float()
         psnr += (-10 * (y - x).pow(2).mean((1, 2, 3)).clamp_min(1e-10).log10()).tolist()
         pairs += list(np.concatenate([images, to_uint8(y)], axis=2))            # (S, 2 S, 3)
@@ -720,10 +615,8 @@ def reconstruct(dataset, rows, codec, device, args):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--dataset", default="shapes", help="shapes (the default), flowers, afhq, imagenet, or a "
-        "folder with one sub-folder of images per class")
-    add("--codec", choices=CODECS, help="frozen autoencoder; small: 32x32 images, small64: 64x64, "
-        "rae: 256x256; default: rae for flowers, afhq and imagenet, else small")
+    add("--dataset", default="shapes", help="or flowers, afhq, imagenet, a folder of class folders")
+    add("--codec", choices=CODECS, help="default: rae for flowers, afhq and imagenet, else small")
     add("--flip", action="store_true", help="encode the mirrored images, too, in twice the space")
     add("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
     add("--fit", action="store_true", help="fit a small codec to the dataset")
@@ -735,17 +628,8 @@ def main():
     _, _, device = join(args)
     name = args.codec or default_codec(args.dataset)
     codec = prepare_codec(name, args, device, args.fit_steps if args.fit else 0)
-    if args.reconstruct:
-        file = Path(args.reconstruct)
-        paths = [str(file)] if file.is_file() else list_images(file)
-        if not paths:
-            raise UserError(f"--reconstruct {file}: no image, and no folder with images")
-        dataset = Dataset("", [], np.zeros(len(paths)), paths)
-        reconstruct(dataset, range(len(paths)), codec, device, args)
-    elif args.fit or args.reconstruct is not None:
-        dataset = find_dataset(args.dataset, args.data_dir)
-        rows = np.linspace(0, len(dataset) - 1, 16).astype(int)
-        reconstruct(dataset, rows, codec, device, args)
+    if args.fit or args.reconstruct is not None:
+        from_first(lambda: reconstruct(codec, device, args))
     else:
         cache = open_cache(name, codec, args.flip, device, args)
         bad = (cache.labels < 0).sum()

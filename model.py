@@ -3,7 +3,7 @@ one to the other.
 
 A frozen autoencoder (encode.py) turns an image into a latent z: T tokens of C channels, d = T * C
 numbers. Scaled to rms 1, z lies on the sphere of radius sqrt(d), and so does Gaussian noise e. Both
-are equally long and, d being large, nearly orthogonal, so adding noise is a rotation of z towards e.
+are equally long and, d being large, nearly orthogonal: adding noise is a rotation of z towards e.
 The denoiser D sees the rotated point and the class y, never the angle a, and predicts z:
 
     v = cos(a) z + sin(a) e                 `rotate`, its angle drawn by `noise_angle`
@@ -28,7 +28,6 @@ import torch.nn.functional as F
 
 # ------------------------------------------------------------------------------------ the sphere
 
-
 def to_sphere(z):
     """Project latents onto the hypersphere: f(z) = z / rms(z).
 
@@ -37,7 +36,6 @@ def to_sphere(z):
     """
     z = z.float()
     return z * z.pow(2).mean((1, 2), keepdim=True).clamp_min(1e-12).rsqrt()
-
 
 def rotate(z, noise, angle, sphere=True):
     """Walk from z towards noise along their great circle: cos(a) z + sin(a) e.
@@ -54,7 +52,6 @@ def rotate(z, noise, angle, sphere=True):
     e = to_sphere(e - z * (z * e).mean((1, 2), keepdim=True))
     return angle.cos() * z + angle.sin() * e
 
-
 def noise_angle(u, max_angle, mean=0.0, std=1.0):
     """Turn uniform numbers into noise angles: tan(a) = r tan(max_angle), r logit-normal.
 
@@ -65,7 +62,6 @@ def noise_angle(u, max_angle, mean=0.0, std=1.0):
     normal = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + 1e-6, 1 - 1e-6))
     return torch.atan(torch.sigmoid(mean + std * normal) * math.tan(math.radians(max_angle)))
 
-
 def largest_angle(tokens, channels):
     """The largest noise angle of training, in degrees: it leaves a signal-to-noise ratio of 4.8.
 
@@ -74,9 +70,7 @@ def largest_angle(tokens, channels):
     """
     return math.degrees(math.atan(math.sqrt(tokens * channels) / 4.8))
 
-
 # ---------------------------------------------------------------------------------- the denoiser
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -90,7 +84,6 @@ class ModelConfig:
     sphere: bool = True             # False: the ablation
     max_angle: float = 89.4         # degrees, `largest_angle` of the latent
 
-
 PRESETS = {    # patch size 1 throughout: a token of the latent is a token of the transformer
     "tiny": dict(width=128, depth=6, heads=4),
     "S": dict(width=384, depth=12, heads=6),
@@ -98,7 +91,6 @@ PRESETS = {    # patch size 1 throughout: a token of the latent is a token of th
     "L": dict(width=1024, depth=24, heads=16),
     "XL": dict(width=1152, depth=28, heads=16),
 }
-
 
 class Attention(nn.Module):
     """Self-attention over all tokens; queries and keys are RMS-normalised to keep bf16 stable."""
@@ -118,7 +110,6 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))                          # (B, T, D)
 
-
 class SwiGLU(nn.Module):
     """The MLP: (silu(x W1) * (x W2)) W3, two thirds of the usual 4x width for the same cost."""
 
@@ -132,11 +123,9 @@ class SwiGLU(nn.Module):
     def forward(self, x):
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
-
 def modulate(x, shift, scale):
     """x * (1 + scale) + shift, in one pass over x."""
     return torch.addcmul(shift, x, 1 + scale)
-
 
 class Block(nn.Module):
     """A transformer block whose shifts, scales and gates come from the class alone (adaLN-zero)."""
@@ -154,7 +143,6 @@ class Block(nn.Module):
         x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
         x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
         return x
-
 
 class Denoiser(nn.Module):
     """A SiT-style transformer from a noisy latent and its class to the clean latent.
@@ -200,7 +188,6 @@ class Denoiser(nn.Module):
         shift, scale = self.adaln(y).chunk(2, dim=2)                            # 2 x (B, 1, D)
         return self.out(modulate(self.norm(x), shift, scale))                   # (B, T, C)
 
-
 def sincos_2d(tokens, width):
     """Fixed positions of a square grid, row by row: (1, T, D), sin and cos of column and row."""
     side = math.isqrt(tokens)
@@ -209,7 +196,6 @@ def sincos_2d(tokens, width):
     wave = torch.cat([phase.sin(), phase.cos()], dim=1)                         # (side, D/2)
     column, row = wave.repeat(side, 1), wave.repeat_interleave(side, dim=0)     # 2 x (T, D/2)
     return torch.cat([column, row], dim=1)[None]
-
 
 def flops(config):
     """FLOPs of one image's forward pass, a multiply and an add counting as two.
@@ -220,14 +206,11 @@ def flops(config):
     block = 2 * T * (4 * D * D + 3 * D * hidden) + 4 * T * T * D + 2 * 6 * D * D
     return config.depth * block + 2 * T * 2 * config.channels * D + 2 * 2 * D * D
 
-
 # ------------------------------------------------------------------------------------ the losses
-
 
 def squared_error(a, b):
     """(B, T, C) twice -> (B,), in float32."""
     return (a.float() - b.float()).pow(2).mean((1, 2))
-
 
 def losses(model, z, labels, noise, angle, nearer, consistency_weight=0.0):
     """Reconstruction of the latent, and consistency with a less noisy point of the same arc.
@@ -251,9 +234,7 @@ def losses(model, z, labels, noise, angle, nearer, consistency_weight=0.0):
     total = (reconstruction + consistency_weight * consistency).mean()
     return total, reconstruction, consistency
 
-
 # -------------------------------------------------------------------------------------- sampling
-
 
 @torch.no_grad()
 def generate(model, labels, steps=4, cfg_scale=1.0, cfg_skip=0, same_noise=False, noise=None,
@@ -294,7 +275,6 @@ def generate(model, labels, steps=4, cfg_scale=1.0, cfg_skip=0, same_noise=False
         if between is not None and step < steps - 1:
             x = between(x)
     return torch.stack(outputs) if return_all else x
-
 
 if __name__ == "__main__":
     for name, preset in PRESETS.items():
