@@ -123,7 +123,7 @@ def make_parser(doc):
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     add = parser.add_argument_group("place and machine").add_argument
     add("--data_dir", default="data", help="folder of datasets and latents; default: data")
-    add("--weights_dir", default=torch.hub.get_dir(), help="of downloads; default: torch.hub's")
+    add("--weights_dir", default=torch.hub.get_dir(), help="folder of weights; default: torch.hub")
     add("--workers", type=within(int, 1), default=max(1, min(16, cores)), help="reading threads")
     add("--device", default="auto", help="auto (the default), cuda, cuda:N, mps or cpu")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: by device")
@@ -274,7 +274,7 @@ def find_dataset(dataset, data_dir="data"):
         obtain(folder, *NAMED[dataset][1:])
     if not folder.is_dir():
         raise UserError(f"{folder}: no such dataset; choose shapes, flowers, afhq or a folder, or "
-                        f"link imagenet: mkdir -p {folder.parent} && ln -s /path/to/it {folder}")
+                        f"link yours: mkdir -p {folder.parent} && ln -s /path/to/it {folder}")
     classes, labels, paths = (list_flowers if dataset == "flowers" else list_classes)(folder)
     listing = [f"{os.path.relpath(path, folder)} {os.path.getsize(path)} {label}\n"
                for path, label in zip(paths, labels)]
@@ -434,12 +434,12 @@ def load_codec(name, weights=None, device="cpu", decoder=True):
     """A frozen codec; weights: a small one's state dict or its file, by default that for shapes."""
     if name in RAES:
         return RAE(name, decoder).to(device)
-    weights = weights or ASSETS / "small_shapes.pt"
     codec = SmallCodec(SMALL_CODECS[name])
-    with reading(f"{weights}: missing or damaged", "delete it, and it will be fitted again"):
-        if not isinstance(weights, dict):
-            weights = torch.load(weights, map_location="cpu", weights_only=True)
-        codec.load_state_dict(weights)
+    if not isinstance(weights, dict):
+        file = weights or ASSETS / "small_shapes.pt"
+        with reading(f"{file}: missing or damaged", "delete it, and it will be fitted again"):
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+    codec.load_state_dict(weights)
     return codec.to(device).eval().requires_grad_(False)
 
 def fingerprint(codec):             # of what its latents depend on: all but the decoder
@@ -615,7 +615,7 @@ def reconstruct(codec, device, args):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--dataset", default="shapes", help="or flowers, afhq, imagenet, a folder of class folders")
+    add("--dataset", default="shapes", help="or flowers, afhq, imagenet, or a folder of classes")
     add("--codec", choices=CODECS, help="default: rae for flowers, afhq and imagenet, else small")
     add("--flip", action="store_true", help="encode the mirrored images, too, in twice the space")
     add("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
@@ -632,9 +632,9 @@ def main():
         from_first(lambda: reconstruct(codec, device, args))
     else:
         cache = open_cache(name, codec, args.flip, device, args)
-        bad = (cache.labels < 0).sum()
-        print(f"{cache.folder}: latents of {len(cache.labels) - bad:,} images of "
-              f"{len(cache.classes)} classes, complete; {bad} unreadable ones left out")
+        if RANK == 0:
+            print(f"{cache.folder}: complete; latents of {(cache.labels >= 0).sum():,} images of "
+                  f"{len(cache.classes)} classes; {(cache.labels < 0).sum()} unreadable left out")
 
 if __name__ == "__main__":
     run(main)

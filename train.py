@@ -223,8 +223,7 @@ def bench(args, s, context, rank, world, device, cards):
 
 def open_data(s, rows, key, codec, device, args):
     """What a run trains on: a function from a step to the latents (with --live the images) and
-    labels of its batch's rows, the number of images, the classes, the cache's key.
-    """
+    labels of its batch's rows, the number of images, the classes, the cache's key."""
     if args.live:
         source = from_first(lambda: find_dataset(s.dataset, args.data_dir))
         labels = np.tile(source.labels, 1 + s.flip)
