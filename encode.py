@@ -44,6 +44,8 @@ def run(main):
     """Run a script's main(): a UserError ends in one line and status 1, a bug in a traceback."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()        # its threads must not outlive python
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -455,18 +457,15 @@ def to_uint8(images):                   # (B, 3, S, S) in [0, 1] -> (B, S, S, 3)
 
 def fit_codec(images, name="small", steps=1500, batch_size=128, seed=0, device="cpu"):
     """Train a small codec on images (N, S, S, 3) uint8; returns it frozen."""
-    generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     codec = SmallCodec(SMALL_CODECS[name]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(codec.parameters(), betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps,
                                                    pct_start=min(0.3, 300 / steps))
     for _ in tqdm(range(steps), desc="fitting the small codec", unit="step", mininterval=1):
-        x = images[torch.randint(len(images), (batch_size,), generator=generator)]
-        x = to_float(x, device).contiguous(memory_format=torch.channels_last)
+        x = to_float(images[torch.randint(len(images), (batch_size,))], device)
         z = codec.encode(x)
-        u = torch.rand(2, batch_size, generator=generator)
-        noise = torch.randn(z.shape, generator=generator).to(device)
+        u, noise = torch.rand(2, batch_size), torch.randn(z.shape).to(device)
         z = rotate(z, noise, (0.5 * u[0] * (u[1] < 0.75)).to(device))   # as the denoiser errs
         loss = (codec.decode(z, clamp=False) - x).pow(2).mean()
         optimizer.zero_grad()

@@ -210,7 +210,7 @@ def bench(args, s, context, rank, world, device, cards):
     batch = noise.flip(1), dropped.long(), noise, angle, nearer     # of the classes 0 and 1
     images = s.batch_size / seconds(lambda: train_step(*trained, 0, s, batch, context)[1], 20)
     used = images * (4 if s.consistency_weight else 3) * flops(config) / world / 1e12
-    size = 8192 if device.type == "cuda" else 1536
+    size = 8192 if device.type == "cuda" else 1024
     matrix = torch.randn(size, size, device=device)
     with context():
         matrix = matrix @ matrix                # in autocast's type
