@@ -288,20 +288,16 @@ def test_folder_datasets_keep_class_names_and_ignore_what_is_no_image(tmp_path):
     assert found.labels.tolist() == [0, 0, 0, 1, 1, 1] and len(found) == 6
     assert np.array_equal(found.load(7, 32), found.load(1, 32)[:, ::-1])        # mirrored
 
-def psnr(codec, images, angle=0.0):
-    """In dB, of latents turned towards noise by an angle."""
-    z = codec.encode(images)
-    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-    error = (codec.decode(model.rotate(z, noise, angle)) - images).pow(2).mean((1, 2, 3))
+def psnr(codec, images):
+    error = (codec.decode(codec.encode(images)) - images).pow(2).mean((1, 2, 3))
     return -10 * error.log10().mean().item()
 
-def test_shipped_codec_reconstructs_unseen_shapes_and_forgives_rotated_latents():
+def test_shipped_codec_reconstructs_unseen_shapes_by_latents_on_the_sphere():
     codec, images = encode.load_codec("small"), encode.to_float(encode.shapes(200, seed=123)[0])
     z = codec.encode(images)
     assert z.shape == (200, *codec.latent_shape) and not codec.training
     assert_close(z, model.to_sphere(z))
-    assert psnr(codec, images) > 30 and psnr(codec, images, angle=0.4) > 25
-    assert (HERE / "assets/small_shapes.pt").stat().st_size < 2e6
+    assert psnr(codec, images) > 30
 
 def test_fitting_learns_also_the_larger_codec():
     images = encode.shapes(100)[0].repeat(2, 1).repeat(2, 2)
@@ -403,8 +399,6 @@ def test_flowers_afhq_and_imagenet_are_their_training_parts(tmp_path, no_network
     found = encode.find_dataset("flowers", tmp_path)
     assert found.classes == ["pink primrose", "sunflower", "rose"]
     assert found.labels.tolist() == [0, 0, 2, 2, 1, 1]
-    (tmp_path / "flowers/102flowers.tgz").unlink()                  # no longer needed
-    assert encode.find_dataset("flowers", tmp_path).digest == found.digest
     draw_folder(tmp_path / "zip/afhq/train", ("cat", "dog"), 1, ".jpg")
     draw_folder(tmp_path / "zip/afhq/val", ("wild",), 1, ".jpg")
     shutil.make_archive(tmp_path / "afhq/afhq", "zip", tmp_path / "zip")
@@ -644,32 +638,26 @@ def test_batches_go_through_every_image_once_an_epoch_in_an_order_of_their_own()
     assert not np.array_equal(seen[:10], seen[10:])
     assert not np.array_equal(seen[:4], train.batch_indexes(10, 4, 0, seed=1))
 
-@contextlib.contextmanager
-def nan_latents(*steps):
-    """The latents of these steps are nan; asserts that they change neither weights nor moments."""
-    step = train.train_step
+def test_steps_that_are_not_finite_change_nothing_and_ten_in_a_row_end_the_run(copied, monkeypatch):
+    bad_steps, step = [5], train.train_step
     def watched_step(ddp, ema, optimizer, number, s, batch, context):
-        if number in steps:
-            batch = batch[0] * math.nan, *batch[1:]
+        bad = number in bad_steps
+        batch = batch[0] * (math.nan if bad else 1), *batch[1:]
         moments = [x for state in optimizer.state.values() for x in state.values()]
         before = [x.clone() for x in (*ddp.parameters(), *moments)]
         result = step(ddp, ema, optimizer, number, s, batch, context)
-        assert equal(before, [*ddp.parameters(), *moments]) == (number in steps)
+        assert equal(before, [*ddp.parameters(), *moments]) == bad
         return result
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", watched_step)
-        yield
-
-def test_steps_that_are_not_finite_change_nothing_and_ten_in_a_row_end_the_run(copied):
-    with nan_latents(5):
-        works(script(AGAIN, copied), "1 skipped")
+    monkeypatch.setattr(train, "train_step", watched_step)
+    works(script(AGAIN, copied), "1 skipped")
     rows = read_log(copied / "out/again")
     assert [row["skipped"] for row in rows] == [0, 1, 0]
     assert all(math.isfinite(row["loss"]) for row in rows)
-    with nan_latents(*range(6, 30)):
-        line = AGAIN + "--max_steps 30"
-        fails_clearly(script(line, copied), "in 10 steps in a row", "--resume --lr")
+    bad_steps += range(6, 15)
+    line = AGAIN + "--max_steps 30"
+    fails_clearly(script(line, copied), "in 10 steps in a row", "--resume --lr")
     assert load(copied / "out/again/ckpt.pt")["step"] == 4          # from before the bad steps
+    bad_steps.clear()
     works(script(AGAIN + "--resume --lr 1e-4", copied))
 
 def test_settings_given_on_resuming_take_effect_or_are_refused(copied, monkeypatch):
@@ -701,10 +689,8 @@ def test_full_disk_keeps_the_old_file_and_bugs_get_their_traceback(tmp_path, mon
         with pytest.raises(SystemExit, match="ckpt.pt.*No space left"):
             encode.run(lambda: train.save_checkpoint(path, dict(x=torch.zeros(100_000))))
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
-    def bug():
-        raise OSError("a bug")
     with pytest.raises(OSError):
-        encode.run(bug)
+        encode.run(lambda: os.remove("nowhere"))                    # a bug
     with pytest.raises(MemoryError), encode.reading("x", "y"):      # is no damaged file
         raise MemoryError
 
@@ -737,11 +723,12 @@ def test_training_logs_the_distance_of_samples_and_keeps_the_best_checkpoint(cop
     fails_clearly(script(line, copied), fid.WEIGHTS_URL)
     assert not (copied / "out/x").exists()                          # before anything is written
 
-def test_sample_writes_grid_npz_and_folder_with_classes_in_equal_numbers(copied):
-    for out in ("a.npz", "folder", "grid.png"):
-        works(script(f"sample.py --num_images 6 --out {out}", copied), f"wrote {out}")
-    archive = np.load(copied / "a.npz")
-    images, labels = archive["arr_0"], archive["arr_1"]
+def test_sample_writes_grids_npz_and_folder_with_classes_in_equal_numbers(copied):
+    for flags in ("--out a.npz", "--out folder", "", "--cfg_scale 3", "--cfg_skip 0", "--steps 1",
+                  "--pixel_loop", "--same_noise", "--dtype bfloat16", "--classes one"):
+        works(script(f"sample.py --num_images 6 {flags}", copied), "wrote")
+    assert len(list((copied / "out/photos").glob("grid*.png"))) == 8        # one each
+    images, labels = np.load(copied / "a.npz").values()
     assert images.shape == (6, 32, 32, 3) and images.dtype == np.uint8
     assert labels.dtype == np.int64 and labels.tolist() == [0, 1] * 3
     for i, image in enumerate(images):
@@ -781,19 +768,12 @@ def test_filmstrips_show_steps_guidance_angles_and_the_way_between_samples(works
         return images.astype(int)
     last, (noisy, seen) = draw(), draw(view=sample.turn_towards_noise)
     way, steps = draw(view=sample.walk_to_the_next), draw(return_all=True)
-    for one, other in ((last, noisy[0]), (last, way[0]), (np.roll(last, -1, 0), way[-1]),
-                       (last, steps[-1]), (draw(steps=1), steps[0])):
+    for one, other in (last, noisy[0]), (way[0], np.roll(way[-1], 1, 0)), (last, steps[-1]):
         assert np.abs(one - other).max() <= 1
     assert np.abs(noisy[3] - last).max() > 1 and np.abs(noisy[3] - seen[3]).max() > 1
     for kind, size in dict(steps=(4, 2), guidance=(6, 2), angle=(7, 4), slerp=(6, 2)).items():
         works(script(f"sample.py --filmstrip {kind} --out strip.png", workspace))
         assert Image.open(workspace / "strip.png").size == (size[0] * 68 + 4, size[1] * 80 + 4)
-
-def test_every_way_of_sampling_writes_a_file_of_its_own(copied):
-    for flags in ("", "--cfg_scale 3", "--cfg_skip 0", "--same_noise", "--pixel_loop", "--steps 1",
-                  "--dtype bfloat16", "--classes one"):
-        works(script(f"sample.py --num_images 2 {flags}", copied), "wrote out/photos/grid")
-    assert len(list((copied / "out/photos").glob("grid*.png"))) == 8
 
 # ---------------------------------------------------------------------------------------- fid.py
 
@@ -871,18 +851,12 @@ def measured(line, cwd):
     """The last line of JSON of fid.py."""
     return json.loads(works(script(line + " --json", cwd)).splitlines()[-1])
 
-def write_pngs(folder, images):
-    folder.mkdir(parents=True)
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i:03d}.png")
-
 def test_all_metrics_of_a_folder_and_of_its_saved_statistics(weights, tmp_path, monkeypatch):
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()       # the published file isn't here
     monkeypatch.setattr(fid, "WEIGHTS_SHA256", sha256)
     images, stats = encode.shapes(10)[0], tmp_path / "stats.npz"
     np.savez(tmp_path / "s.npz", arr_0=images[:5])
-    write_pngs(tmp_path / "ref/a", images[2:6])
-    write_pngs(tmp_path / "ref/b", images[6:])
+    draw_folder(tmp_path / "ref", each=4)
     line = f"fid.py s.npz --weights_dir {weights.parents[1]} --ref "
     first = measured(line + "ref --save_stats stats.npz", tmp_path)
     assert (first["num_samples"], first["num_references"], first["left_out"]) == (5, 8, {})
@@ -949,7 +923,8 @@ def mistaken(workspace, tmp_path_factory):
     torch.save(dict(x=1), folder / "other.pt")
     torch.save(dict(format=2), folder / "old.pt")
     images = encode.shapes(4)[0]
-    write_pngs(folder / "mixed", [*images, images[0, :20, :20]])
+    draw_folder(folder / "mixed", ("a",))
+    Image.new("RGB", (20, 20)).save(folder / "mixed/a/0.png")
     for name, arrays in dict(
             good=dict(arr_0=images), float=dict(arr_0=images / 255), one=dict(arr_0=images[:1]),
             wide=dict(arr_0=images[:, :9]), keys=dict(foo=1, bar=2),
