@@ -3,10 +3,7 @@
     python encode.py                                             # draw ten shapes, encode them
     python encode.py --dataset flowers                           # download Oxford Flowers, encode
     torchrun --nproc_per_node=8 encode.py --dataset imagenet     # killed, it goes on where it was
-    python encode.py --dataset path/to/folder --fit --fit_steps 10000    # fit its codec again
     python encode.py --reconstruct photo.jpg --codec rae         # beside its reconstruction
-
-Shapes: B images, S image size, T tokens, C latent channels, D width, H heads.
 """
 import contextlib
 import hashlib
@@ -84,8 +81,8 @@ def join(args):
     torch.hub.set_dir(args.weights_dir)
     if WORLD > 1 and not dist.is_initialized():     # gloo waits while the first one downloads
         dist.init_process_group("gloo", timeout=timedelta(days=1))
-    found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    name = str(found) if args.device == "auto" else args.device
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    name = str(accelerator) if args.device == "auto" else args.device
     if name == "cuda":                              # without a number, each process its own card
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with reading(f"--device {name}: not available", "use auto or cpu"):
@@ -166,8 +163,7 @@ def center_crop(image, size):       # ADM's: halve while twice too large, scale,
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    whole = round(image.width * scale), round(image.height * scale)
-    image = image.resize(whole, Image.Resampling.BICUBIC)
+    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -197,7 +193,7 @@ class Dataset:
         """Image i as (size, size, 3) uint8 RGB; N + i is image i mirrored. Raises UserError."""
         item = self.source[i % len(self)]
         image = load_image(item) if isinstance(item, str) else Image.fromarray(item)
-        image = np.asarray(center_crop(image, size))
+        image = np.array(center_crop(image, size))
         return image[:, ::-1] if i >= len(self) else image
 
     def batches(self, batches, size, workers, skip_bad=False):
@@ -444,6 +440,13 @@ def load_codec(name, weights=None, device="cpu", decoder=True):
     codec.load_state_dict(weights)
     return codec.to(device).eval().requires_grad_(False)
 
+def load_codec_in_turn(name, weights, device):      # only a node's first process may download
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    codec = load_codec(name, weights, device) if first else None
+    if dist.is_initialized():
+        dist.barrier()
+    return codec or load_codec(name, weights, device)
+
 def fingerprint(codec):             # of what its latents depend on: all but the decoder
     parts = [name.encode() + tensor.cpu().numpy().tobytes()
              for name, tensor in codec.state_dict().items() if not name.startswith("decoder.")]
@@ -483,24 +486,21 @@ def codec_path(name, dataset, data_dir="data"):     # the newest fitted, or that
 def prepare_codec(name, args, device, fit_steps=0):
     """The codec of --dataset, downloaded or fitted first if need be; fit_steps: fit another."""
     def prepare():
-        home = Path(args.data_dir) / dataset_place(args.dataset, args.data_dir)[0]
         path = codec_path(name, args.dataset, args.data_dir)
-        if name in RAES:
-            if args.dataset != "shapes" and not any(home.glob(f"{name}-*/index.json")):
-                find_dataset(args.dataset, args.data_dir)       # before gigabytes of weights
-            if dist.is_initialized():
-                RAE(name)
-        elif fit_steps or not path:
+        parent = Path(args.data_dir) / dataset_place(args.dataset, args.data_dir)[0]
+        if name in RAES and not any(parent.glob(f"{name}-*/index.json")):
+            find_dataset(args.dataset, args.data_dir)           # before gigabytes of weights
+        elif name in SMALL_CODECS and (fit_steps or not path):
             dataset = find_dataset(args.dataset, args.data_dir)
             rows = np.random.default_rng(0).permutation(len(dataset))[:60_000]  # for memory
             images = next(dataset.batches([rows], SMALL_CODECS[name], args.workers, args.skip_bad))
             images = np.stack([image for image in images if image is not None])
             codec = fit_codec(images, name, fit_steps or 1500, device=device)
-            path = home / f"{name}-{fingerprint(codec)[:8]}.pt"
+            path = parent / f"{name}-{fingerprint(codec)[:8]}.pt"
             write_file(path, lambda file: torch.save(codec.half_weights(), file))
             print(f"{path}: a small codec, fitted on {len(images):,} images")
         return path
-    return load_codec(name, from_first(prepare), device)
+    return load_codec_in_turn(name, from_first(prepare), device)
 
 # ------------------------------------------------------------------------------- the latent cache
 
@@ -565,19 +565,18 @@ def open_cache(name, codec, flip, device, args, key=""):
     """The Cache of --dataset, its missing chunks encoded first; key: that of a run that goes on."""
     def find():                     # a complete Cache and None, or one to complete and its Dataset
         place, folder = dataset_place(args.dataset, args.data_dir)
-        home, identity = Path(args.data_dir) / place, fingerprint(codec)
-        caches = [cache for cache in map(read_index, home.glob(f"{name}-*{key}/index.json"))
+        parent, identity = Path(args.data_dir) / place, fingerprint(codec)
+        caches = [cache for cache in map(read_index, parent.glob(f"{name}-*{key}/index.json"))
                   if cache.made_from[::2] == [identity, flip] and not cache.missing()]
         if caches and (key or args.dataset in NAMED or not list_images(folder)):
             return max(caches, key=lambda cache: os.path.getmtime(cache.folder)), None
         dataset = find_dataset(args.dataset, args.data_dir)
         made_from = [identity, dataset.digest, flip]
-        cache = Cache(home / f"{name}-{cache_key(made_from)}", dataset.classes,
+        cache = Cache(parent / f"{name}-{cache_key(made_from)}", dataset.classes,
                       np.tile(dataset.labels, 1 + flip), codec.latent_shape, made_from)
         if not cache.folder.name.endswith(key):
-            raise UserError(f"{home}: the images have changed; train again, with another --out_dir")
-        complete = cache.folder in [other.folder for other in caches]
-        return cache, None if complete else dataset
+            raise UserError(f"{parent}: the images have changed; train again in another --out_dir")
+        return cache, None if any(other.folder == cache.folder for other in caches) else dataset
     cache, dataset = from_first(find)
     if dataset:
         write_chunks(cache, dataset, codec, device, args)
@@ -593,20 +592,20 @@ def reconstruct(codec, device, args):
     if args.reconstruct:
         file = Path(args.reconstruct)
         paths = [str(file)] if file.is_file() else list_images(file)
-        if not paths:
-            raise UserError(f"--reconstruct {file}: no image, and no folder with images")
         dataset, rows = Dataset("", [], np.zeros(len(paths)), paths), np.arange(len(paths))
     else:
         dataset = find_dataset(args.dataset, args.data_dir)
         rows = np.linspace(0, len(dataset) - 1, 16).astype(int)
     psnr, pairs = [], []
-    batches = [rows[start:start + 64] for start in range(0, len(rows), 64)]
-    for images in dataset.batches(batches, codec.image_size, args.workers):
-        x = to_float(np.stack(images), device)
-        with autocast(device, args.dtype):
-            y = codec.decode(codec.encode(x)).float()
-        psnr += (-10 * (y - x).pow(2).mean((1, 2, 3)).clamp_min(1e-10).log10()).tolist()
-        pairs += list(np.concatenate([images, to_uint8(y)], axis=2))            # (S, 2 S, 3)
+    for [image] in dataset.batches(rows[:, None], codec.image_size, args.workers, args.skip_bad):
+        if image is not None:
+            x = to_float(image[None], device)
+            with autocast(device, args.dtype):
+                y = codec.decode(codec.encode(x)).float()
+            psnr.append(-10 * (y - x).pow(2).mean().clamp_min(1e-10).log10().item())
+            pairs.append(np.concatenate([image, to_uint8(y)[0]], axis=1))       # (S, 2 S, 3)
+    if not pairs:
+        raise UserError(f"{args.reconstruct or args.dataset}: neither an image nor a folder of any")
     picture = Image.fromarray(np.concatenate(pairs[:16]))
     write_file(args.out, lambda file: picture.save(file, format="PNG"))
     print(f"{args.out}: originals on the left; PSNR {np.mean(psnr):.2f} dB, mean of {len(psnr)}")
@@ -625,7 +624,9 @@ def main():
     add("--out", default="out/reconstruction.png", help="the picture that this writes")
     args = parser.parse_args()
     _, _, device = join(args)
-    name = args.codec or default_codec(args.dataset)
+    name = args.codec or ("small" if args.fit else default_codec(args.dataset))
+    if args.fit and name in RAES:
+        raise UserError(f"--fit: {name} comes with its weights; use --codec small or small64")
     codec = prepare_codec(name, args, device, args.fit_steps if args.fit else 0)
     if args.fit or args.reconstruct is not None:
         from_first(lambda: reconstruct(codec, device, args))

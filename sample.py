@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from encode import (UserError, autocast, fingerprint, join, load_codec, make_parser, reading, run,
-                    to_uint8, within, write_file)
+from encode import (UserError, autocast, fingerprint, join, load_codec_in_turn, make_parser,
+                    reading, run, to_uint8, within, write_file)
 from model import Denoiser, ModelConfig, flops, generate, rotate, to_sphere
 
 CHECKPOINT_FORMAT = 3
@@ -51,7 +51,7 @@ def load_model(checkpoint, device="cpu"):
 def load_codec_of(checkpoint, device="cpu"):
     """The codec that a checkpoint was trained with: a small one is in it, the RAE is looked up."""
     saved = checkpoint["codec"]
-    codec = load_codec(saved["name"], saved["weights"], device)
+    codec = load_codec_in_turn(saved["name"], saved["weights"], device)
     if fingerprint(codec) != saved["fingerprint"]:
         raise UserError(f"{saved['name']}: has other weights than in training; see --weights_dir")
     return codec

@@ -94,10 +94,10 @@ BAD_STEPS = 10                  # so many in a row without a finite gradient end
 BINS = 6                        # the loss is also logged for sixths of the noise's law
 NOISE_BLOCK = 16                # images whose noise is drawn together
 
-def settings_of(given):
+def settings_of(flags):
     """The Settings of a new run, from the flags that were given."""
-    dataset = given.get("dataset", "shapes")
-    merged = DATASET_SETTINGS.get(dataset, {}) | given
+    dataset = flags.get("dataset", "shapes")
+    merged = DATASET_SETTINGS.get(dataset, {}) | flags
     preset = PRESET_SETTINGS.get(merged.get("preset", "tiny"), {})
     return Settings(**dict(codec=default_codec(dataset)) | preset | merged)
 
@@ -115,7 +115,6 @@ def parse_args():
     add("--resume", action="store_true", help="continue the run in out_dir")
     add("--live", action="store_true", help="encode each batch as it is needed, without a cache")
     add("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
-    add("--keep", type=within(int, 0), default=0, help="earlier checkpoints kept as ckpt_STEP.pt")
     add("--compile", default="auto", choices=["auto", "on", "off"], help="auto: on CUDA")
     add("--bench", action="store_true", help="time steps on random latents instead of training")
     add("--latent", type=latent_shape, default="256x768", help="tokens x channels of --bench")
@@ -136,35 +135,36 @@ def batch_indexes(n, batch_size, step, seed):
     places = range(step * batch_size, (step + 1) * batch_size)
     return np.array([permutation(n, place // n, seed)[place % n] for place in places])
 
-def draw(step, rows, s, config, device):
+def draw(step, rows, settings, config, device):
     """What is random at a step for rows (a slice) of its batch, the same however that is split:
     noise (B, T, C), angle (B,) radians, nearer (B,) in [0, 1), dropped (B,) bool.
     """
     def generator(*key):
-        seed = np.random.SeedSequence((s.seed, step, *key)).generate_state(1)
+        seed = np.random.SeedSequence((settings.seed, step, *key)).generate_state(1)
         return torch.Generator(device).manual_seed(int(seed[0]))
-    u = torch.rand(3, s.batch_size, generator=generator(0), device=device)
-    place = (torch.arange(s.batch_size, device=device) + u[0]) / s.batch_size   # stratified
-    angle = noise_angle(place, config.max_angle, s.angle_mean, s.angle_std)
+    size = settings.batch_size
+    u = torch.rand(3, size, generator=generator(0), device=device)
+    place = (torch.arange(size, device=device) + u[0]) / size       # stratified
+    angle = noise_angle(place, config.max_angle, settings.angle_mean, settings.angle_std)
     blocks = range(rows.start // NOISE_BLOCK, math.ceil(rows.stop / NOISE_BLOCK))
     shape = (NOISE_BLOCK, config.tokens, config.channels)
     noise = [torch.randn(shape, generator=generator(1, k), device=device) for k in blocks]
     noise = torch.cat(noise)[rows.start % NOISE_BLOCK:][:rows.stop - rows.start]
-    return noise, angle[rows], u[1, rows], u[2, rows] < s.label_dropout
+    return noise, angle[rows], u[1, rows], u[2, rows] < settings.label_dropout
 
-def learning_rate(step, s):
+def learning_rate(step, settings):
     """Linear warm-up, then constant to half of the run, then a cosine down to a hundredth."""
-    decay = min(1.0, max(0.0, 2 * step / s.max_steps - 1))
+    decay = min(1.0, max(0.0, 2 * step / settings.max_steps - 1))
     cosine = 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * decay))
-    return s.lr * min(1.0, (step + 1) / s.warmup) * cosine
+    return settings.lr * min(1.0, (step + 1) / settings.warmup) * cosine
 
-def make_model(config, s, device, cards, choice):
+def make_model(config, settings, device, cards, choice):
     """(model, DDP around it if need be, its moving average, AdamW); choice: of --compile."""
-    torch.manual_seed(s.seed)
+    torch.manual_seed(settings.seed)
     model = Denoiser(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.95),
-                                  weight_decay=s.weight_decay, fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95),
+                                  weight_decay=settings.weight_decay, fused=device.type != "mps")
     tools = importlib.util.find_spec("triton") and (shutil.which("cc") or shutil.which("gcc"))
     if choice == "on" or (choice == "auto" and device.type == "cuda" and tools):
         model.compile()                         # in place: the state dict keeps its names
@@ -172,66 +172,67 @@ def make_model(config, s, device, cards, choice):
         print("not compiled, which needs Triton and a C compiler")
     ddp = model
     if dist.is_initialized():
-        ddp = DDP(model, process_group=cards, broadcast_buffers=False)
+        ddp = DDP(model, process_group=cards)
     return model, ddp, ema, optimizer
 
-def train_step(ddp, ema, optimizer, step, s, batch, context):
+def train_step(ddp, ema, optimizer, step, settings, batch, context):
     """One step of AdamW and the moving average; nothing changes if a gradient is not finite.
 
     batch: z, labels, noise, angle, nearer of this process. context: makes the autocast context.
     Returns loss, reconstruction, consistency, ones, (4, B), and the gradient norm, on the device.
     """
     model = getattr(ddp, "module", ddp)
-    parts = list(zip(*(tensor.chunk(s.accumulate) for tensor in batch)))
+    parts = list(zip(*(tensor.chunk(settings.accumulate) for tensor in batch)))
     terms = []
     optimizer.zero_grad()
     for part in parts:
         ddp.require_backward_grad_sync = part is parts[-1]          # what DDP's no_sync() sets
         with context():
-            loss, *both = losses(ddp, *part, s.consistency_weight)
+            loss, *both = losses(ddp, *part, settings.consistency_weight)
         (loss / len(parts)).backward()
         terms.append(torch.stack(both).detach())
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
     optimizer.found_inf = (~torch.isfinite(grad_norm)).float()      # fused AdamW then does nothing
     if grad_norm.device.type != "mps" or torch.isfinite(grad_norm):
         optimizer.step()
     with torch.no_grad():                       # short at first, so that early samples follow
-        decay = min(s.ema_decay, (1 + step) / (10 + step))
+        decay = min(settings.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     reconstruction, consistency = torch.cat(terms, dim=1)
-    loss = reconstruction + s.consistency_weight * consistency
+    loss = reconstruction + settings.consistency_weight * consistency
     return torch.stack([loss, reconstruction, consistency, torch.ones_like(loss)]), grad_norm
 
-def bench(args, s, context, rank, world, device, cards):
+def bench(args, settings, context, rank, world, device, cards):
     """Print the rate of train_step on random latents, and of a large matrix product."""
-    config = ModelConfig(*args.latent, max_angle=largest_angle(*args.latent), **PRESETS[s.preset])
-    _, *trained = make_model(config, s, device, cards, args.compile)
-    noise, angle, nearer, dropped = draw(0, slice(0, s.batch_size // world), s, config, device)
+    config, batch_size = ModelConfig(*args.latent, **PRESETS[settings.preset]), settings.batch_size
+    _, *trained = make_model(config, settings, device, cards, args.compile)
+    noise, angle, nearer, dropped = draw(0, slice(0, batch_size // world), settings, config, device)
     batch = noise.flip(1), dropped.long(), noise, angle, nearer     # of the classes 0 and 1
-    images = s.batch_size / seconds(lambda: train_step(*trained, 0, s, batch, context)[1], 20)
-    used = images * (4 if s.consistency_weight else 3) * flops(config) / world / 1e12
+    step = functools.partial(train_step, *trained, 0, settings, batch, context)
+    images = batch_size / seconds(lambda: step()[1], 20)
+    used = images * (4 if settings.consistency_weight else 3) * flops(config) / world / 1e12
     size = 8192 if device.type == "cuda" else 1024
     matrix = torch.randn(size, size, device=device)
     with context():
         matrix = matrix @ matrix                # in autocast's type
         peak = 2 * size ** 3 / seconds(lambda: matrix @ matrix, 20) / 1e12
     if rank == 0:
-        print(f"{s.preset}, {world} x {device.type}, batch {s.batch_size}: {images:.2f} images/s, "
-              f"{used:.3f} TFLOP/s a device = {used / peak:.0%} of its matrix products' {peak:.3f}")
+        print(f"{settings.preset}, {world} x {device.type}, batch {batch_size}: {images:.2f} images"
+              f"/s, {used:.3f} TFLOP/s each = {used / peak:.0%} of its matrix products' {peak:.3f}")
 
 # ----------------------------------------------------------------------------------------- the run
 
-def open_data(s, rows, key, codec, device, args):
+def open_data(settings, rows, key, codec, device, args):
     """What a run trains on: a function from a step to the latents (with --live the images) and
     labels of its batch's rows, the number of images, the classes, the cache's key."""
     if args.live:
-        source = from_first(lambda: find_dataset(s.dataset, args.data_dir))
-        labels = np.tile(source.labels, 1 + s.flip)
-        new_key = cache_key([fingerprint(codec), source.digest, s.flip])
+        source = from_first(lambda: find_dataset(settings.dataset, args.data_dir))
+        labels = np.tile(source.labels, 1 + settings.flip)
+        new_key = cache_key([fingerprint(codec), source.digest, settings.flip])
         if key not in ("", new_key):
-            raise UserError(f"{s.dataset}: has changed since this run began; use another --out_dir")
+            raise UserError(f"{source.name}: has changed since this run began: use a new --out_dir")
     else:
-        source = open_cache(s.codec, codec, s.flip, device, args, key)
+        source = open_cache(settings.codec, codec, settings.flip, device, args, key)
         codec.encoder = None                    # has done its work
         labels, new_key = source.labels, source.folder.name[-8:]
         latents = source.read
@@ -241,13 +242,14 @@ def open_data(s, rows, key, codec, device, args):
             latents = torch.from_numpy(latents).to(device).__getitem__
     usable = np.flatnonzero(labels >= 0)
     def read(step):
-        indexes = usable[batch_indexes(len(usable), s.batch_size, step, s.seed)[rows]]
+        indexes = batch_indexes(len(usable), settings.batch_size, step, settings.seed)[rows]
+        indexes = usable[indexes]
         if not args.live:
             return latents(indexes), labels[indexes]
         images = next(source.batches([indexes], codec.image_size, args.workers, args.skip_bad))
         good = [i for i, image in enumerate(images) if image is not None]
         if not good:
-            raise UserError(f"{s.dataset}: not one image of a batch can be read")
+            raise UserError(f"{settings.dataset}: not one image of a batch can be read")
         good = np.resize(good, len(images))         # readable ones stand in for the others
         return np.stack([images[i] for i in good]), labels[indexes[good]]
     return read, len(usable), source.classes, new_key
@@ -255,11 +257,11 @@ def open_data(s, rows, key, codec, device, args):
 def stop_on_signals():
     """A list that Ctrl-C and SIGTERM are added to; a second Ctrl-C ends the run at once."""
     signals = []
-    def ask(number, _):
+    def note(number, _):
         signals.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
     return signals
 
 def resume_command(world):
@@ -269,19 +271,12 @@ def resume_command(world):
         return f"torchrun as before on every node, of {command}"
     return f"torchrun --nproc_per_node={world} {command}" if world > 1 else f"python {command}"
 
-def save_checkpoint(path, state, keep=0):
-    """Write a checkpoint, down to the disk; the last `keep` ones stay as ckpt_STEP.pt, too."""
+def save_checkpoint(path, state):
     def write(file):
         torch.save(state, file)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())                 # a power cut, too, leaves the old or the new one
     write_file(path, write)
-    if keep:
-        numbered = path.with_name(f"ckpt_{state['step']:06d}.pt")
-        numbered.unlink(missing_ok=True)
-        os.link(path, numbered)                 # the same bytes: the next save makes a new file
-        for old in sorted(path.parent.glob("ckpt_*.pt"))[:-keep]:
-            old.unlink()
 
 def save_grids(folder, step, draw_images, classes):
     """Write a grid of samples, and a filmstrip of how some of them arise."""
@@ -293,13 +288,15 @@ def save_grids(folder, step, draw_images, classes):
     strips = make_filmstrip(images[:, :columns], names, range(1, len(images) + 1))
     write_png(folder / f"filmstrip_{step:06d}.png", strips)
 
-def start_log(out_dir, config, s, step):
+def start_log(out_dir, config, settings, step):
     """Begin log.csv: a new run moves an earlier one to earlier_N, a resumed one keeps its rows."""
-    inner = noise_angle(torch.arange(1, BINS) / BINS, config.max_angle, s.angle_mean, s.angle_std)
+    inner = noise_angle(torch.arange(1, BINS) / BINS, config.max_angle,
+                        settings.angle_mean, settings.angle_std)
     edges = [0, *torch.rad2deg(inner).tolist(), config.max_angle]
+    score = "fid" if settings.eval_features == "inception" else "codec"
     columns = ["step", "loss", "reconstruction", "consistency", "lr", "grad_norm", "images_per_s",
                "skipped", *(f"loss_{low:.3g}_{high:.3g}" for low, high in zip(edges, edges[1:])),
-               f"{'fid' if s.eval_features == 'inception' else 'codec'}_{s.eval_images}"]
+               f"{score}_{settings.eval_images}"]
     path = out_dir / "log.csv"
     rows = csv.DictReader(path.read_text().splitlines()) if step and path.is_file() else []
     files = [file for file in out_dir.glob("*") if not file.name.startswith("earlier_")]
@@ -314,53 +311,55 @@ def start_log(out_dir, config, s, step):
     write_file(path, lambda file: np.savetxt(file, lines, "%s", ","))
     return columns
 
-def report(path, row, s):
+def report(path, row, settings):
     """Append a row (name -> number) to log.csv, and print most of it."""
     with reading(f"{path}: cannot be written", "fix that, then --resume"), open(path, "a") as file:
         file.write(",".join(f"{value:.8g}" for value in row.values()) + "\n")
-    left = (s.max_steps - row["step"]) * s.batch_size / row["images_per_s"] / 60
+    left = (settings.max_steps - row["step"]) * settings.batch_size / row["images_per_s"] / 60
     shown = [f"{value:.4g} {name}" for name, value in row.items()
              if value > 0 and name != "step" and not name.startswith("loss_")]
-    print(f"step {row['step']:6d}/{s.max_steps}  {left:.1f} min left", *shown, sep="  ", flush=True)
+    print(f"step {row['step']:6d}/{settings.max_steps}  {left:.1f} min left", *shown, sep="  ",
+          flush=True)
 
 def main():
-    args, given = parse_args()
+    args, flags = parse_args()
     rank, world, device = join(args)
     cards = dist.new_group(backend="nccl") if world > 1 and device.type == "cuda" else None
     context = functools.partial(autocast, device, args.dtype)
-    s = settings_of(given)
-    out_dir = args.out_dir or Path("out") / dataset_place(s.dataset, args.data_dir)[0]
+    settings = settings_of(flags)
+    out_dir = args.out_dir or Path("out") / dataset_place(settings.dataset, args.data_dir)[0]
     path = out_dir / "ckpt.pt"
     checkpoint = dict(step=0, since=0, best=math.inf, cache_key="")
     if args.resume:
         checkpoint = load_checkpoint(path)
-        s = Settings(**checkpoint["settings"] | given)
+        settings = Settings(**checkpoint["settings"] | flags)
         for name, value in checkpoint["settings"].items():
-            if name in FIXED and getattr(s, name) != value:
+            if name in FIXED and getattr(settings, name) != value:
                 raise UserError(f"{path}: was trained with --{name} {value}; use another --out_dir")
-    if s.batch_size % (world * s.accumulate):
-        raise UserError(f"--batch_size {s.batch_size}: use a multiple of {world * s.accumulate}")
+    if settings.batch_size % (world * settings.accumulate):
+        raise UserError(f"--batch_size: must be a multiple of {world * settings.accumulate}")
     if args.bench:
-        return bench(args, s, context, rank, world, device, cards)
+        return bench(args, settings, context, rank, world, device, cards)
 
     # the data and the model; what may fail comes before anything is written
-    args.dataset = s.dataset
+    args.dataset = settings.dataset
     codec = (load_codec_of(checkpoint, device) if args.resume
-             else prepare_codec(s.codec, args, device))
-    rows = slice(rank * s.batch_size // world, (rank + 1) * s.batch_size // world)
-    weights = codec.half_weights() if s.codec in SMALL_CODECS else None
-    saved_codec = dict(name=s.codec, fingerprint=fingerprint(codec), weights=weights)
-    read, count, classes, key = open_data(s, rows, checkpoint["cache_key"], codec, device, args)
-    if s.eval_every and rank == 0:
-        extractor = load_extractor(s.eval_features, device, s.codec, weights)
-        reference = load_reference(*open_set(s.eval_ref or s.dataset, args.data_dir),
+             else prepare_codec(settings.codec, args, device))
+    rows = slice(rank * settings.batch_size // world, (rank + 1) * settings.batch_size // world)
+    weights = codec.half_weights() if settings.codec in SMALL_CODECS else None
+    saved_codec = dict(name=settings.codec, fingerprint=fingerprint(codec), weights=weights)
+    key = checkpoint["cache_key"]
+    read, count, classes, key = open_data(settings, rows, key, codec, device, args)
+    if settings.eval_every and rank == 0:
+        extractor = load_extractor(settings.eval_features, device, settings.codec, weights)
+        reference = load_reference(*open_set(settings.eval_ref or settings.dataset, args.data_dir),
                                    codec.image_size, extractor, ["fid"], args.workers)
-    config = ModelConfig(*codec.latent_shape, len(classes), sphere=s.sphere,
-                         max_angle=s.max_angle or largest_angle(*codec.latent_shape),
-                         **PRESETS[s.preset])
-    model, ddp, ema, optimizer = make_model(config, s, device, cards, args.compile)
+    config = ModelConfig(*codec.latent_shape, len(classes), sphere=settings.sphere,
+                         max_angle=settings.max_angle or largest_angle(*codec.latent_shape),
+                         **PRESETS[settings.preset])
+    model, ddp, ema, optimizer = make_model(config, settings, device, cards, args.compile)
     step, since, best = checkpoint["step"], checkpoint["since"], checkpoint["best"]
-    stats = torch.zeros(4, s.batch_size, device=device)     # sums since the last log line
+    stats = torch.zeros(4, settings.batch_size, device=device)     # sums since the last log line
     bad, worst = torch.zeros(2, device=device)              # steps in a row that were skipped
     if args.resume:
         model.load_state_dict(checkpoint["model"])
@@ -370,27 +369,28 @@ def main():
         stats += checkpoint["stats"].to(device) * (rank == 0)
     del checkpoint                                          # lets go of the file
     if rank == 0:
-        columns = start_log(out_dir, config, s, step)
+        columns = start_log(out_dir, config, settings, step)
         print(f"{count:,} images of {len(classes)} classes, latents {config.tokens}x"
-              f"{config.channels}, {world} x {device.type}, from step {step}\n{s}", flush=True)
+              f"{config.channels}, {world} x {device.type}, from step {step}\n{settings}",
+              flush=True)
 
     # the loop
     thread = ThreadPoolExecutor(1)
     ahead = thread.submit(read, step)
     draw_images = functools.partial(
         sample_batches, ema, codec, batch_size=30, device=device, dtype=args.dtype,
-        cfg_scale=s.cfg_scale, cfg_skip=s.cfg_skip, same_noise=s.same_noise)
+        cfg_scale=settings.cfg_scale, cfg_skip=settings.cfg_skip, same_noise=settings.same_noise)
     signals, stopping, started, timed = stop_on_signals(), False, time.time(), step
-    while step < s.max_steps and not stopping:
+    while step < settings.max_steps and not stopping:
         z, y = (torch.as_tensor(x).to(device, non_blocking=True) for x in ahead.result())
         ahead = thread.submit(read, step + 1)
         if args.live:
             with torch.no_grad(), context():
                 z = codec.encode(to_float(z, device)).half()        # what the cache would hold
-        noise, angle, nearer, dropped = draw(step, rows, s, config, device)
+        noise, angle, nearer, dropped = draw(step, rows, settings, config, device)
         batch = z.float(), y.masked_fill(dropped, config.num_classes), noise, angle, nearer
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, s)
-        terms, grad_norm = train_step(ddp, ema, optimizer, step, s, batch, context)
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
+        terms, grad_norm = train_step(ddp, ema, optimizer, step, settings, batch, context)
         finite = torch.isfinite(grad_norm)
         stats[:, rows] += torch.where(finite, terms, 0)
         bad = (bad + 1) * ~finite
@@ -400,10 +400,10 @@ def main():
         stopping = torch.tensor(len(signals))
         if world > 1:
             dist.all_reduce(stopping)
-        ending = stopping or step == s.max_steps
-        evaluating = s.eval_every and step % s.eval_every == 0
-        logging = step % s.log_every == 0 or step == s.max_steps or evaluating
-        saving = step % s.save_every == 0 or ending or evaluating
+        ending = stopping or step == settings.max_steps
+        evaluating = settings.eval_every and step % settings.eval_every == 0
+        logging = step % settings.log_every == 0 or step == settings.max_steps or evaluating
+        saving = step % settings.save_every == 0 or ending or evaluating
         score = math.nan
         if logging or saving:
             if world > 1:
@@ -412,31 +412,31 @@ def main():
             if worst.item() >= BAD_STEPS:
                 raise UserError(f"the gradient was not finite in {worst.item():.0f} steps in a "
                                 f"row, up to step {step}; go on from the last checkpoint at a "
-                                f"smaller rate: {resume_command(world)} --lr {s.lr / 3:.1g}")
+                                f"smaller rate: {resume_command(world)} --lr {settings.lr / 3:.1g}")
         if evaluating and rank == 0:
-            images = draw_images(torch.arange(s.eval_images) % len(classes))
-            score = evaluate(images, s.eval_images, extractor, reference, ["fid"])["fid"]
+            images = draw_images(torch.arange(settings.eval_images) % len(classes))
+            score = evaluate(images, settings.eval_images, extractor, reference, ["fid"])["fid"]
         if logging and rank == 0:
             bins = torch.stack([part.sum(1) for part in stats.cpu().tensor_split(BINS, dim=1)])
             sums = bins.sum(0)                              # (4,), bins (6, 4)
-            rate = (step - timed) * s.batch_size / (time.time() - started)
-            skipped = step - since - round(sums[3].item() / s.batch_size)
+            rate = (step - timed) * settings.batch_size / (time.time() - started)
+            skipped = step - since - round(sums[3].item() / settings.batch_size)
             row = [step, *(sums / sums[3]).tolist()[:3], lr, grad_norm.item(), rate, skipped,
                    *(bins[:, 1] / bins[:, 3]).tolist(), score]
-            report(out_dir / "log.csv", dict(zip(columns, row)), s)
+            report(out_dir / "log.csv", dict(zip(columns, row)), settings)
             stats.zero_()
             since = step
         if saving and rank == 0:
             best = min(best, score)                         # nan is not less
             state = dict(format=CHECKPOINT_FORMAT, step=step, model=model.state_dict(),
                          ema=ema.state_dict(), optimizer=optimizer.state_dict(), classes=classes,
-                         config=vars(config), settings=vars(s), codec=saved_codec, cache_key=key,
-                         since=since, stats=stats.cpu(), best=best)
+                         config=vars(config), settings=vars(settings), codec=saved_codec,
+                         cache_key=key, since=since, stats=stats.cpu(), best=best)
             if score == best:
                 save_checkpoint(out_dir / "best.pt", state)
             if ending or not bad.item():                    # bad steps may follow spoilt weights
-                save_checkpoint(path, state, args.keep)
-        if rank == 0 and (step % s.sample_every == 0 or step == s.max_steps):
+                save_checkpoint(path, state)
+        if rank == 0 and (step % settings.sample_every == 0 or step == settings.max_steps):
             save_grids(out_dir / "samples", step, draw_images, classes)
         if logging or saving:
             started, timed = time.time(), step
