@@ -1,7 +1,6 @@
 """Images to latents, once: the datasets, the frozen autoencoders ("codecs"), the latent cache.
 
-    python encode.py                                             # draw ten shapes, encode them
-    python encode.py --dataset flowers                           # download Oxford Flowers, encode
+    python encode.py --dataset flowers                           # downloads Oxford Flowers
     torchrun --nproc_per_node=8 encode.py --dataset imagenet     # killed, it goes on where it was
     python encode.py --reconstruct photo.jpg --codec rae         # beside its reconstruction
 """
@@ -50,7 +49,7 @@ def run(main):
 
 @contextlib.contextmanager
 def reading(what, remedy):
-    """Around other people's readers: the dozen kinds of error of a broken file become one."""
+    """Whatever error the reader of a file raises inside becomes one UserError."""
     try:
         yield
     except (UserError, MemoryError):
@@ -74,12 +73,13 @@ def write_file(path, write):
             raise
         raise UserError(f"{path}: {cause.strerror}; fix that and run the command again") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if os.path.exists(temporary):
+            temporary.unlink()
 
 def join(args):
     """Join the other processes, if torchrun started several: (rank, world size, device)."""
     torch.hub.set_dir(args.weights_dir)
-    if WORLD > 1 and not dist.is_initialized():     # gloo waits while the first one downloads
+    if WORLD > 1 and not dist.is_initialized():     # a day: the first one may download
         dist.init_process_group("gloo", timeout=timedelta(days=1))
     accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     name = str(accelerator) if args.device == "auto" else args.device
@@ -99,6 +99,8 @@ def autocast(device, dtype):        # dtype: auto is bfloat16 on cards that comp
 def from_first(work):
     """The first process does the work; all return its result, or end with its error."""
     box = [None]
+    if dist.is_initialized():
+        dist.barrier()                          # all have done what comes before
     if RANK == 0:
         try:
             box = [work()]
@@ -131,10 +133,10 @@ def make_parser(doc):
 # ----------------------------------------------------------------------------------- the datasets
 
 ASSETS = Path(__file__).parent / "assets"
-OUTLINES = json.loads((ASSETS / "shapes.json").read_text())     # class -> polygons, second a hole
+OUTLINES = json.loads((ASSETS / "shapes.json").read_text())     # class -> polygon, hole
 SHAPES_COUNT = 30_000                                           # images of the dataset "shapes"
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102"
-NAMED = {       # dataset -> folder of its training images, their archive and its md5
+NAMED = {       # dataset -> sub-folder of its training images, address of an archive, its md5
     "shapes": ("", None, None),
     "flowers": ("jpg", f"{OXFORD}/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa"),
     "afhq": ("train", "https://www.dropbox.com/s/t9l9o3vsx2jai3z/afhq.zip?dl=1", None),
@@ -155,7 +157,7 @@ def shapes(n, seed=0):
             ImageDraw.Draw(mask).polygon([tuple(point) for point in points], fill=fill)
         cover = np.asarray(mask.reduce(4), np.float64)[:, :, None] / 255        # (32, 32, 1)
         background = u[i, 4:7]
-        colour = (background + 0.35 + 0.3 * u[i, 7:10]) % 1     # never close to it
+        colour = (background + 0.35 + 0.3 * u[i, 7:10]) % 1     # far from the background
         images[i] = np.round(255 * (background + cover * (colour - background)))
     return images, labels
 
@@ -205,7 +207,7 @@ class Dataset:
                 if not skip_bad:
                     raise
                 tqdm.write(f"skipped {error}", file=sys.stderr)
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(workers) as pool:   # a batch is read while the one before is used
             for ready, _ in itertools.pairwise(pool.map(load, batch) for batch in [*batches, []]):
                 yield list(ready)
 
@@ -224,7 +226,7 @@ def obtain(folder, url, md5):       # download an archive, and unpack the folder
     download(url, archive, md5)
     if not hasattr(tarfile, "data_filter"):
         raise UserError(f"{archive}: unpacking it safely needs Python 3.10.12 or newer")
-    safely = {} if archive.suffix == ".zip" else {"filter": "data"}             # zip always is
+    safely = {} if archive.suffix == ".zip" else {"filter": "data"}             # zip has none
     with reading(f"{archive}: cannot be unpacked", "delete it and run the command again"):
         shutil.unpack_archive(archive, temporary, **safely)
         next(temporary.rglob(folder.name)).rename(folder)
@@ -249,9 +251,9 @@ def list_classes(folder):           # with a sub-folder for each class -> classe
     files = {sub.name: list_images(sub) for sub in sorted(folder.glob("[!._]*")) if sub.is_dir()}
     files = {name: paths for name, paths in files.items()
              if paths or name.rpartition("-")[0] not in CODECS}                 # those are latents
-    empty = [folder, *(folder / name for name in files if not files[name])]
-    if len(empty) > 1 or not files:
-        raise UserError(f"{empty[-1]}: holds no images {SUFFIXES}; use one folder per class")
+    empty = [folder / name for name in files if not files[name]]
+    if empty or not files:
+        raise UserError(f"{[*empty, folder][0]}: holds no images {SUFFIXES}; one folder per class")
     labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
     return list(files), labels, sum(files.values(), [])
 
@@ -259,8 +261,12 @@ def dataset_place(dataset, data_dir):       # its name, and the folder of its im
     if dataset in NAMED:
         return dataset, Path(data_dir) / dataset / NAMED[dataset][0]
     folder = Path(dataset) if Path(dataset).is_dir() else Path(data_dir) / dataset
-    parts = [part for part in folder.resolve().parts[-2:] if part != Path(data_dir).resolve().name]
-    return "-".join(parts), folder                              # data/a/train is called a-train
+    parts = Path(os.path.abspath(folder)).parts[1:][-2:]
+    parts = [part for part in parts if part != Path(data_dir).absolute().name]
+    name = "-".join(parts) or "data"        # of its last two folders: data/a/train is a-train
+    if name in NAMED:
+        raise UserError(f"--dataset {dataset}: call it {name}")
+    return name, folder
 
 def find_dataset(dataset, data_dir="data"):
     """The Dataset shapes, flowers, afhq (downloaded if need be), imagenet, or of a folder."""
@@ -268,15 +274,15 @@ def find_dataset(dataset, data_dir="data"):
     if dataset == "shapes":
         images, labels = shapes(SHAPES_COUNT)
         return Dataset(name, list(OUTLINES), labels, images, f"{SHAPES_COUNT} shapes")
-    if dataset in ("flowers", "afhq") and not folder.is_dir():
+    if not folder.is_dir() and dataset in NAMED and NAMED[dataset][1]:
         obtain(folder, *NAMED[dataset][1:])
     if not folder.is_dir():
         raise UserError(f"{folder}: no such dataset; choose shapes, flowers, afhq or a folder, or "
                         f"link yours: mkdir -p {folder.parent} && ln -s /path/to/it {folder}")
     classes, labels, paths = (list_flowers if dataset == "flowers" else list_classes)(folder)
-    listing = [f"{os.path.relpath(path, folder)} {os.path.getsize(path)} {label}\n"
+    listing = [f"{os.path.relpath(path, folder)} {os.lstat(path).st_size} {label}"
                for path, label in zip(paths, labels)]
-    digest = hashlib.sha256("".join(listing).encode()).hexdigest()
+    digest = hashlib.sha256(os.fsencode("\n".join(listing))).hexdigest()
     return Dataset(name, classes, labels, paths, digest)
 
 # ------------------------------------------------------------- the codecs: RAE, and the small one
@@ -357,7 +363,7 @@ class RAE(nn.Module):
         super().__init__()
         letter, channels, folder, stat_name, decoder_name = RAES[name]
         self.image_size, self.latent_shape = 256, (256, channels)                       # (T, C)
-        self.encoder = load_dinov2(f"dinov2_vit{letter}14_reg")     # less its last norm's weights
+        self.encoder = load_dinov2(f"dinov2_vit{letter}14_reg")     # its last norm without weights
         self.encoder.norm = nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
         with published("stats", folder, "imagenet1k/stat.pt", stat_name) as stat:
             std, mean = (stat["var"].float() + 1e-5).sqrt(), stat.get("mean")   # (C, 16, 16)
@@ -370,7 +376,7 @@ class RAE(nn.Module):
             with torch.device("meta"):
                 self.decoder = ViTDecoder(latent_dim=channels)
             with published("decoders", folder, "ViTXL_n08/model.pt", decoder_name) as state:
-                state = {name: state[name] for name in self.decoder.state_dict()}   # no surplus
+                state = {name: state[name] for name in self.decoder.state_dict()}   # and no other
                 self.decoder.load_state_dict(state, assign=True)
         self.eval().requires_grad_(False)
 
@@ -405,7 +411,7 @@ class SmallCodec(nn.Module):
             nn.Conv2d(32, 64, 3, stride=2, padding=1), Residual(64),               # S / 4
             nn.Conv2d(64, 96, 3, stride=2, padding=1), Residual(96),               # S / 8
             nn.GroupNorm(8, 96), nn.SiLU(), nn.Conv2d(96, channels, 1),
-            nn.BatchNorm2d(channels, affine=False))             # whitened, as the noise is
+            nn.BatchNorm2d(channels, affine=False))             # each channel to mean 0, std 1
         self.decoder = nn.Sequential(
             nn.Conv2d(channels, 128, 3, padding=1), Residual(128), upsample(128, 80), Residual(80),
             upsample(80, 48), Residual(48), nn.GroupNorm(8, 48), nn.SiLU(), upsample(48, 16),
@@ -418,9 +424,6 @@ class SmallCodec(nn.Module):
         z = to_sphere(z).transpose(1, 2).unflatten(2, (self.side, self.side))
         images = 0.5 * self.decoder(z) + 0.5
         return images.clamp(0, 1) if clamp else images          # a clamp would stop gradients
-
-    def half_weights(self):         # what files and checkpoints keep
-        return {name: tensor.half() for name, tensor in self.state_dict().items()}
 
 SMALL_CODECS = {"small": 32, "small64": 64}                     # name -> image size
 CODECS = (*SMALL_CODECS, *RAES)
@@ -435,16 +438,14 @@ def load_codec(name, weights=None, device="cpu", decoder=True):
     codec = SmallCodec(SMALL_CODECS[name])
     if not isinstance(weights, dict):
         file = weights or ASSETS / "small_shapes.pt"
-        with reading(f"{file}: missing or damaged", "delete it, and it will be fitted again"):
+        with reading(f"{file}: missing or damaged", "delete it to fit it again, or git restore it"):
             weights = torch.load(file, map_location="cpu", weights_only=True)
     codec.load_state_dict(weights)
     return codec.to(device).eval().requires_grad_(False)
 
 def load_codec_in_turn(name, weights, device):      # only a node's first process may download
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    codec = load_codec(name, weights, device) if first else None
-    if dist.is_initialized():
-        dist.barrier()
+    codec = load_codec(name, weights, device) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    from_first(lambda: None)                        # the others wait here
     return codec or load_codec(name, weights, device)
 
 def fingerprint(codec):             # of what its latents depend on: all but the decoder
@@ -469,16 +470,16 @@ def fit_codec(images, name="small", steps=1500, batch_size=128, seed=0, device="
         x = to_float(images[torch.randint(len(images), (batch_size,))], device)
         z = codec.encode(x)
         u, noise = torch.rand(2, batch_size), torch.randn(z.shape).to(device)
-        z = rotate(z, noise, (0.5 * u[0] * (u[1] < 0.75)).to(device))   # as the denoiser errs
+        z = rotate(z, noise, (0.5 * u[0] * (u[1] < 0.75)).to(device))   # for errors of the denoiser
         loss = (codec.decode(z, clamp=False) - x).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return load_codec(name, codec.half_weights(), device)       # as it will be used
+    return load_codec(name, codec.half().state_dict(), device)  # rounded, for smaller files
 
-def codec_path(name, dataset, data_dir="data"):     # the newest fitted, or that shipped
+def codec_path(name, dataset, data_dir="data"):     # the newest fitted, else that shipped, or None
     fitted = (Path(data_dir) / dataset_place(dataset, data_dir)[0]).glob(f"{name}-*.pt")
     shipped = ASSETS / "small_shapes.pt" if (name, dataset) == ("small", "shapes") else None
     return max(fitted, key=os.path.getmtime, default=shipped)
@@ -487,17 +488,18 @@ def prepare_codec(name, args, device, fit_steps=0):
     """The codec of --dataset, downloaded or fitted first if need be; fit_steps: fit another."""
     def prepare():
         path = codec_path(name, args.dataset, args.data_dir)
-        parent = Path(args.data_dir) / dataset_place(args.dataset, args.data_dir)[0]
-        if name in RAES and not any(parent.glob(f"{name}-*/index.json")):
+        place, folder = dataset_place(args.dataset, args.data_dir)
+        if place != "shapes" and not folder.is_dir() and not Path(args.data_dir, place).is_dir():
             find_dataset(args.dataset, args.data_dir)           # before gigabytes of weights
-        elif name in SMALL_CODECS and (fit_steps or not path):
+        if name in SMALL_CODECS and (fit_steps or not path):
             dataset = find_dataset(args.dataset, args.data_dir)
-            rows = np.random.default_rng(0).permutation(len(dataset))[:60_000]  # for memory
+            rows = np.random.default_rng(0).permutation(len(dataset))[:60_000]  # all may not fit
             images = next(dataset.batches([rows], SMALL_CODECS[name], args.workers, args.skip_bad))
-            images = np.stack([image for image in images if image is not None])
+            with reading(f"{folder}: no readable images", "replace them"):
+                images = np.stack([image for image in images if image is not None])
             codec = fit_codec(images, name, fit_steps or 1500, device=device)
-            path = parent / f"{name}-{fingerprint(codec)[:8]}.pt"
-            write_file(path, lambda file: torch.save(codec.half_weights(), file))
+            path = Path(args.data_dir, place, f"{name}-{fingerprint(codec)[:8]}.pt")
+            write_file(path, lambda file: torch.save(codec.half().state_dict(), file))
             print(f"{path}: a small codec, fitted on {len(images):,} images")
         return path
     return load_codec_in_turn(name, from_first(prepare), device)
@@ -562,7 +564,7 @@ def write_chunks(cache, dataset, codec, device, args):      # those of this proc
             write_file(cache.path(k), lambda file: np.save(file, latents))
 
 def open_cache(name, codec, flip, device, args, key=""):
-    """The Cache of --dataset, its missing chunks encoded first; key: that of a run that goes on."""
+    """The Cache of --dataset, its missing chunks encoded first; key: of a resumed run."""
     def find():                     # a complete Cache and None, or one to complete and its Dataset
         place, folder = dataset_place(args.dataset, args.data_dir)
         parent, identity = Path(args.data_dir) / place, fingerprint(codec)
@@ -580,8 +582,6 @@ def open_cache(name, codec, flip, device, args, key=""):
     cache, dataset = from_first(find)
     if dataset:
         write_chunks(cache, dataset, codec, device, args)
-        if dist.is_initialized():
-            dist.barrier()
         from_first(lambda: write_index(cache))
     return read_index(cache.folder / "index.json")
 
@@ -605,7 +605,7 @@ def reconstruct(codec, device, args):
             psnr.append(-10 * (y - x).pow(2).mean().clamp_min(1e-10).log10().item())
             pairs.append(np.concatenate([image, to_uint8(y)[0]], axis=1))       # (S, 2 S, 3)
     if not pairs:
-        raise UserError(f"{args.reconstruct or args.dataset}: neither an image nor a folder of any")
+        raise UserError(f"{args.reconstruct or args.dataset}: no readable image")
     picture = Image.fromarray(np.concatenate(pairs[:16]))
     write_file(args.out, lambda file: picture.save(file, format="PNG"))
     print(f"{args.out}: originals on the left; PSNR {np.mean(psnr):.2f} dB, mean of {len(psnr)}")
@@ -633,7 +633,7 @@ def main():
     else:
         cache = open_cache(name, codec, args.flip, device, args)
         if RANK == 0:
-            print(f"{cache.folder}: complete; latents of {(cache.labels >= 0).sum():,} images of "
+            print(f"{cache.folder}: complete; {(cache.labels >= 0).sum():,} images of "
                   f"{len(cache.classes)} classes; {(cache.labels < 0).sum()} unreadable left out")
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How far are generated images from real ones? FID, sFID, Inception Score, precision and recall.
 
     python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz      # as ADM's evaluator does
-    python fid.py samples/ --ref data/flowers12/test --metrics fid is    # folders of images, too
+    python fid.py samples/ --ref path/to/folder --metrics fid is       # folders of images, too
     python fid.py samples.npz --ref shapes --features codec --metrics fid agreement     # offline
     python fid.py samples.npz --ref flowers --save_stats flowers.npz     # measured once, kept
 
@@ -26,7 +26,7 @@ from encode import (CODECS, SUFFIXES, Dataset, UserError, codec_path, find_datas
 
 NEEDS = {       # metric -> what it is left out without
     "fid": "a reference", "sfid": "--features inception, and mu_s and sigma_s of statistics",
-    "is": "--features inception", "precision": "4 images of each", "recall": "4 images of each",
+    "is": "--features inception", "precision": "4 images in each", "recall": "4 images in each",
     "agreement": "a reference with classes, and labels of the samples (arr_1)"}
 METRICS = tuple(NEEDS)
 KEPT_SAMPLES, KEPT_REFERENCES = 50_000, 10_000  # compared for precision and recall, as by ADM
@@ -96,9 +96,6 @@ class InceptionV3(Layers):
         if weights is not None:
             self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self.eval().requires_grad_(False)
-
-    def train(self, mode=True):
-        return super().train(False)
 
     def mix(self, block, *branches):
         """Branches (name, input, steps) side by side, their outputs joined."""
@@ -301,7 +298,7 @@ def open_set(where, data_dir="data"):
     if path.suffix != ".npz":
         flat = sorted(str(file) for file in path.glob("*") if file.suffix.lower() in SUFFIXES)
         unknown = np.full(len(flat), -1)
-        return Dataset("", [], unknown, flat) if flat else find_dataset(where, data_dir), {}
+        return Dataset(where, [], unknown, flat) if flat else find_dataset(where, data_dir), {}
     with (reading(f"{path}: unusable", "write it with sample.py --out, or download it again"),
           np.load(path) as archive):
         keys, wanted = archive.files, ("mu", "sigma", "mu_s", "sigma_s", "pool3", "count")
@@ -316,7 +313,7 @@ def open_set(where, data_dir="data"):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[2:] != (images.shape[1], 3):
             raise ValueError(f"arr_0 must be square images (N, S, S, 3) uint8, not {images.shape}")
         labels = archive["arr_1"] if "arr_1" in keys else np.full(len(images), -1)
-        return Dataset("", [], labels, images), statistics
+        return Dataset(where, [], labels, images), statistics
 
 def image_batches(dataset, size, workers):
     """All images in order: (B, size, size, 3) uint8 through ADM's crop."""
@@ -328,6 +325,9 @@ def load_reference(dataset, statistics, size, extractor, metrics, workers):
     metrics = set(metrics) - {"is", "agreement"}
     if "mu" in statistics:                      # an ADM file: its images are for these two alone
         metrics &= {"precision", "recall"}
+        if len(statistics["mu"]) != extractor["width"]:
+            raise UserError(f"{dataset.name}: has {len(statistics['mu'])} features, not "
+                            f"{extractor['width']}; see --features")
     if not len(dataset) or not metrics:
         return statistics
     return measure(image_batches(dataset, size, workers), len(dataset), extractor["extract"],
@@ -341,7 +341,7 @@ def sample_size(samples, where):
         sizes = {Image.open(path).size for path in samples.source}
     (width, height), *others = sizes
     if others or width != height:
-        raise UserError(f"{where}: samples must be square and all of one size, not {sizes}")
+        raise UserError(f"{where}: samples must be square and all of one size")
     return width
 
 def main():
@@ -349,8 +349,7 @@ def main():
     add = parser.add_argument
     add("samples", help="an npz with arr_0 (N, S, S, 3) uint8, or a folder of square images")
     add("--ref", help="statistics (of ADM, pytorch-fid or --save_stats), images, or a dataset")
-    add("--metrics", nargs="+", default=METRICS[:5], choices=METRICS, help="agreement: how often a "
-        "classifier of --ref's images finds the class asked for; default: the others")
+    add("--metrics", nargs="+", default=METRICS[:5], choices=METRICS, help="default: the first 5")
     add("--json", action="store_true", help="print a last line of JSON, too")
     add("--save_stats", metavar="FILE", help="write the reference's statistics to this npz")
     add("--features", default="inception", choices=["inception", "codec"], help="of which network")
@@ -367,15 +366,16 @@ def main():
 
     size, values, reference = sample_size(samples, args.samples), {}, {}
     if args.metrics != ["agreement"] or args.save_stats:
-        path = codec_path(args.codec, args.codec_dataset or dataset.name or "shapes", args.data_dir)
+        fitted_to = args.codec_dataset or (args.ref if dataset.classes else "shapes")
+        path = codec_path(args.codec, fitted_to, args.data_dir)
+        if args.features == "codec" and args.codec.startswith("small") and not path:
+            raise UserError(f"{fitted_to}: no {args.codec} codec is fitted to it; --codec_dataset?")
         extractor = load_extractor(args.features, device, args.codec, path)
         size, width = extractor["size"] or size, extractor["width"]
-        if "mu" in statistics and len(statistics["mu"]) != width:
-            raise UserError(f"{args.ref}: has {len(statistics['mu'])} features instead of {width}")
         wanted = METRICS if args.save_stats else args.metrics
         reference = load_reference(dataset, statistics, size, extractor, wanted, args.workers)
         if min(len(samples), reference.get("count", width)) < width:
-            print(f"warning: fewer than {width} images: the distance is too large", file=sys.stderr)
+            print(f"warning: fewer than {width} images bias the distance upwards", file=sys.stderr)
         if args.save_stats:
             write_file(args.save_stats, lambda file: np.savez(file, **reference))
         batches = image_batches(samples, size, args.workers)

@@ -55,7 +55,7 @@ def rotate(z, noise, angle, sphere=True):
 def noise_angle(u, max_angle, mean=0.0, std=1.0):
     """Turn uniform numbers into noise angles: tan(a) = r tan(max_angle), r logit-normal.
 
-    u: (B,) in [0, 1); spread it evenly over the batch for a calmer loss. max_angle: degrees.
+    u: (B,) in [0, 1); spread evenly over the batch, the loss varies less. max_angle: degrees.
     mean, std: of the normal whose sigmoid is r. Returns (B,) float32 radians.
     Source: paper, the noise distribution (its mean and spread are unpublished).
     """
@@ -74,7 +74,7 @@ def largest_angle(tokens, channels):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the weights depend on: the latent's shape, the network's size, the noise they know."""
+    """What the weights depend on: the latent's shape, the network's size, its training noise."""
     tokens: int = 256               # T, a square grid
     channels: int = 768             # C
     num_classes: int = 1000         # one more row of the class table means "no class"
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))                          # (B, T, D)
 
 class SwiGLU(nn.Module):
-    """The MLP: (silu(x W1) * (x W2)) W3, two thirds of the usual 4x width for the same cost."""
+    """The MLP: (silu(x W1) * (x W2)) W3, 8/3 D wide, so as costly as the usual two of 4 D."""
 
     def __init__(self, width):
         super().__init__()
@@ -170,7 +170,7 @@ class Denoiser(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.classes.weight)    # std 1, not DiT's 0.02: the class is heard at once
+        nn.init.normal_(self.classes.weight)    # std 1, not DiT's 0.02: the class matters at once
         for block in self.blocks:
             nn.init.zeros_(block.adaln.weight)  # adaLN-zero: every block begins as the identity
         nn.init.zeros_(self.adaln.weight)
@@ -200,7 +200,7 @@ def sincos_2d(tokens, width):
 def flops(config):
     """FLOPs of one image's forward pass, a multiply and an add counting as two.
 
-    Matrix products only: 2 T a weight, 4 T^2 D a layer for attention, adaLN once an image.
+    Matrix products only: 2 T per weight, 4 T^2 D per layer's attention; adaLN runs once per image.
     """
     T, D, hidden = config.tokens, config.width, 8 * round(config.width / 3)
     block = 2 * T * (4 * D * D + 3 * D * hidden) + 4 * T * T * D + 2 * 6 * D * D
@@ -212,23 +212,23 @@ def squared_error(a, b):
     """(B, T, C) twice -> (B,), in float32."""
     return (a.float() - b.float()).pow(2).mean((1, 2))
 
-def losses(model, z, labels, noise, angle, nearer, consistency_weight=0.0):
+def losses(model, z, labels, noise, angle, share, consistency_weight=0.0):
     """Reconstruction of the latent, and consistency with a less noisy point of the same arc.
 
     model: a Denoiser, or DDP around one. z, noise: (B, T, C) clean latents and Gaussian noise;
-    labels: (B,). angle: (B,) radians, of the noisy ("strong") points. nearer: (B,) in [0, 1); the
-    "weak" point lies at tan(a') = nearer / 2 * tan(a). A weight of 0 saves the weak point's pass.
+    labels: (B,). angle: (B,) radians, of the noisy ("strong") points. share: (B,) in [0, 1); the
+    "weak" point lies at tan(a') = share / 2 * tan(a). A weight of 0 saves the weak point's pass.
     Returns (total, reconstruction (B,), consistency (B,)), float32.
     Source: paper, the two losses; arXiv 2602.15030 for the weak point.
     """
-    bare = getattr(model, "module", model)      # DDP may be called once a step only
+    bare = getattr(model, "module", model)      # without DDP, for the pass without gradients
     sphere = bare.config.sphere
     out = model(rotate(z, noise, angle, sphere), labels)
     reconstruction = squared_error(out, z)
     if consistency_weight == 0:
         return reconstruction.mean(), reconstruction, torch.zeros_like(reconstruction)
     with torch.no_grad():
-        weak = torch.atan(0.5 * nearer * angle.tan())
+        weak = torch.atan(0.5 * share * angle.tan())
         target = bare(rotate(z, noise, weak, sphere), labels)
     consistency = squared_error(out, target)
     total = (reconstruction + consistency_weight * consistency).mean()
@@ -244,10 +244,10 @@ def generate(model, labels, steps=4, cfg_scale=1.0, cfg_skip=0, same_noise=False
     Step k of n starts at the angle tan(a) = (1 - k/n)^1.5 tan(max_angle), the first at pure noise.
 
     labels: (B,) int64. steps: at least 1. cfg_scale: s of classifier-free guidance,
-    x_null + s (x - x_null); 1 turns it off, any other doubles the cost of a step. cfg_skip: so many
-    first steps go without it, but never the last two: from pure noise it overshoots.
-    noise: (steps, B, T, C), or None to draw it with `generator`. same_noise: use the first step's
-    at every step. between: a function applied to the prediction between steps.
+    x_null + s (x - x_null); 1 turns it off, any other doubles the cost of a step. cfg_skip: how
+    many first steps go without it, for it overshoots from pure noise; never the last two.
+    noise: (steps, B, T, C), or None to draw it with `generator`. same_noise: use the first one at
+    every step. between: a function applied to the prediction between steps.
     Returns (B, T, C) float32, or with return_all (steps, B, T, C), the prediction of every step.
     Source: paper, few-step sampling; arXiv 2207.12598, classifier-free guidance.
     """

@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from encode import (UserError, autocast, fingerprint, join, load_codec_in_turn, make_parser,
-                    reading, run, to_uint8, within, write_file)
+from encode import (UserError, autocast, fingerprint, from_first, join, load_codec_in_turn,
+                    make_parser, reading, run, to_uint8, within, write_file)
 from model import Denoiser, ModelConfig, flops, generate, rotate, to_sphere
 
 CHECKPOINT_FORMAT = 3
@@ -67,12 +67,13 @@ def sample_batches(model, codec, labels, batch_size, device, seed=0, dtype="auto
 
     view: called like `generate`, with its options; latents (..., B, T, C) give (..., B, S, S, 3).
     """
-    shape = (options.get("steps", 4), *codec.latent_shape)      # (steps, T, C)
+    count = 1 if options.get("same_noise") else options.get("steps", 4)
+    shape = (count, *codec.latent_shape)                        # of an image's noise
     for start in range(0, len(labels), batch_size * world):
         rows = range(len(labels))[start + rank * batch_size:][:batch_size]
         images = None
         if rows:
-            noise = draw_noise(seed, rows, shape).transpose(0, 1).to(device)    # (steps, B, T, C)
+            noise = draw_noise(seed, rows, shape).transpose(0, 1).to(device)    # (count, B, T, C)
             with torch.no_grad(), autocast(device, dtype):
                 z = view(model, labels[list(rows)].to(device), noise=noise, **options)
                 images = to_uint8(codec.decode(z.flatten(0, -3)))
@@ -91,7 +92,7 @@ def raise_guidance(model, labels, **options):
 def turn_towards_noise(model, labels, noise, **options):
     """Latents turned by each angle, and what the denoiser makes of them: (2, angles, B, T, C)."""
     z = generate(model, labels, noise=noise, **options)
-    length = z.pow(2).mean((1, 2), keepdim=True).sqrt()         # predictions are not on the sphere
+    length = z.pow(2).mean((1, 2), keepdim=True).sqrt()         # predictions leave the sphere
     noisy = [rotate(z, noise[0], math.radians(angle)) for angle in FILMSTRIPS["angle"]]
     seen = [model(v, labels).float() for v in noisy]
     return torch.stack([torch.stack(noisy) * length, torch.stack(seen)])
@@ -101,7 +102,7 @@ def walk_to_the_next(model, labels, **options):
     z = generate(model, labels, **options)
     other = z.roll(-1, 0)
     cosine = (to_sphere(z) * to_sphere(other)).mean((1, 2), keepdim=True)       # (B, 1, 1)
-    angle = torch.acos(0.9999 * cosine)                         # never 0, whose sine divides
+    angle = torch.acos(0.9999 * cosine)                         # never 0: its sine is a divisor
     return torch.stack([((1 - share) * angle).sin() * z + (share * angle).sin() * other
                         for share in FILMSTRIPS["slerp"]]) / angle.sin()
 
@@ -163,14 +164,14 @@ def bench(model, codec, B, device, dtype):
     print(f"{device}, batch {B}, images/s; decode = {decode:.2f} forwards, encode = {encode:.2f}")
     print("steps  guided     denoising   with decode    via pixels    time ratio   GFLOP ratio")
     for steps in (1, 2, 4, 6):
-        for guided, scale in (("no", 1), ("yes", 2)):
-            draw = functools.partial(generate, model, labels, steps, scale)
+        for guided, forwards in (("no", 1), ("yes", 2)):        # a step
+            draw = functools.partial(generate, model, labels, steps, forwards)
             detoured = functools.partial(draw, between=lambda z: codec.encode(codec.decode(z)))
             with autocast(device, dtype):
                 denoising = seconds(draw)
                 latents = seconds(lambda: codec.decode(draw()))
                 pixels = seconds(lambda: codec.decode(detoured()))
-            cost = 1 + (steps - 1) * (decode + encode) / (steps * scale + decode)
+            cost = 1 + (steps - 1) * (decode + encode) / (steps * forwards + decode)
             row = B / denoising, B / latents, B / pixels, pixels / latents, cost
             print(f"{steps:5}{guided:>8}", *(f"{value:13.4g}" for value in row))
 
@@ -189,15 +190,15 @@ def choose_classes(typed, classes):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--ckpt", type=Path, default="out", help="a file, or a folder's newest; default: out")
+    add("--ckpt", type=Path, default="out", help="or a folder, for its newest; default: out")
     add("--num_images", type=within(int, 1), help="default: 8 of each class, at most 80")
     add("--classes", nargs="+", help="names or numbers, drawn in equal numbers; default: all")
     add("--seed", type=within(int, 0), default=0, help="of the noise; default: 0")
     add("--out", help="a grid (.png), an .npz or a folder of PNGs; default: grid_FLAGS.png")
     add("--filmstrip", nargs="?", const="steps", choices=FILMSTRIPS, help="a row for each image")
-    add("--steps", type=within(int, 1), default=4, help="default: 4; of the next three: as trained")
+    add("--steps", type=within(int, 1), default=4, help="default: 4; of the next 3: as trained")
     add("--cfg_scale", type=within(float, 0, 20), default=SUPPRESS, help="of guidance; 1: none")
-    add("--cfg_skip", type=within(int, 0), default=SUPPRESS, help="first steps without guidance")
+    add("--cfg_skip", type=within(int, 0), default=SUPPRESS, help="first steps without it")
     add("--same_noise", action=BooleanOptionalAction, default=SUPPRESS, help="at all steps")
     add("--pixel_loop", action="store_true", help="decode and encode between steps")
     add("--bench", action="store_true", help="time denoising and decoding instead")
@@ -211,7 +212,7 @@ def main():
     if args.compile:
         model.compile()
     if args.bench:
-        return bench(model, codec, args.batch_size, device, args.dtype)
+        return from_first(lambda: bench(model, codec, args.batch_size, device, args.dtype))
 
     classes, settings = checkpoint["classes"], checkpoint["settings"] | vars(args)
     chosen = choose_classes(args.classes, classes)
@@ -221,16 +222,16 @@ def main():
     if args.pixel_loop:
         options["between"] = lambda z: codec.encode(codec.decode(z))
     flags = re.sub(r"[^\w.,]+", "_", "".join(sys.argv[1:]))   # the picture is named after them
-    out = Path(args.out or path.parent / f"grid{flags}.png")
+    out = Path(args.out or path.parent / f"grid{flags[:150]}.png")
     kind = out.suffix.lower()
-    if kind in (".jpg", ".jpeg", ".webp", ".npy") or (args.filmstrip and kind != ".png"):
+    if kind in (".jpg", ".jpeg", ".webp", ".gif", ".npy") or (args.filmstrip and kind != ".png"):
         raise UserError(f"--out {out}: must be a .png, or without --filmstrip an .npz or a folder")
     if any(file.stem.isdecimal() and int(file.stem) >= count for file in out.glob("*.png")):
         raise UserError(f"--out {out}: holds more images, of an earlier run; remove it first")
 
     view = {"steps": functools.partial(generate, return_all=True), "guidance": raise_guidance,
             "angle": turn_towards_noise, "slerp": walk_to_the_next}.get(args.filmstrip, generate)
-    at_once = count if args.filmstrip == "slerp" else args.batch_size   # its last row's next: row 0
+    at_once = count if args.filmstrip == "slerp" else args.batch_size   # all in a circle
     batches = sample_batches(model, codec, labels, at_once, device, args.seed, args.dtype, view,
                              rank, world, **options)
     if rank > 0:

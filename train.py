@@ -1,20 +1,20 @@
 """Train the denoiser on cached latents.
 
     python train.py                                              # the drawn shapes, on a CPU
-    python train.py --dataset data/flowers12/train               # a sub-folder of images per class
+    python train.py --dataset path/to/folder                     # a sub-folder of images per class
     torchrun --nproc_per_node=8 train.py --dataset flowers       # --batch_size is their sum
     python train.py --resume                                     # go on after an interruption
-    python train.py --bench --preset XL                          # how fast a step is
 
 Encodes the dataset first if need be (encode.py). Writes out/<dataset>/: ckpt.pt, log.csv, samples/.
-What is random at a step is drawn from (seed, step), so a run may be interrupted, or split over
-devices, without a change. Ctrl-C and SIGTERM save before they end it.
+Noise is drawn from (seed, step), the order of images from (seed, epoch), so a run may be
+interrupted, or split over devices, without a change. Ctrl-C and SIGTERM save before they end it.
 """
 import argparse
 import copy
 import csv
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import shlex
@@ -51,21 +51,21 @@ class Settings:
     preset: str = flag("tiny", "size of the denoiser", choices=PRESETS)
     codec: str = flag("small", "frozen autoencoder", choices=CODECS)
     flip: bool = flag(False, "train on mirrored images, too", action=argparse.BooleanOptionalAction)
-    seed: int = flag(0, "of weights, order and noise", type=within(int, 0))
+    seed: int = flag(0, "seed of weights, order and noise", type=within(int, 0))
     batch_size: int = flag(256, "images a step, over all devices", type=within(int, 1))
-    accumulate: int = flag(1, "parts of a device's share, to save memory", type=within(int, 1))
+    accumulate: int = flag(1, "passes a device's share is split into", type=within(int, 1))
     max_steps: int = flag(100_000, "steps of the whole run", type=within(int, 1))
     lr: float = flag(2e-4, "peak learning rate of AdamW", type=within(float, 0))
     warmup: int = flag(1000, "steps of linear warm-up", type=within(int, 1))
     weight_decay: float = flag(0.01, "of AdamW", type=within(float, 0))
-    grad_clip: float = flag(1.0, "largest gradient norm", type=within(float, 0))
+    grad_clip: float = flag(1.0, "largest gradient norm; 0: any", type=within(float, 0))
     ema_decay: float = flag(0.9995, "of the weights' moving average", type=within(float, 0, 1))
-    label_dropout: float = flag(0.1, "share of labels replaced by none", type=within(float, 0, 1))
+    label_dropout: float = flag(0.1, "share of labels left out", type=within(float, 0, 1))
     sphere: bool = flag(True, "project noisy latents", action=argparse.BooleanOptionalAction)
     max_angle: float = flag(0.0, "degrees of most noise; 0: by size", type=within(float, 0, 89.99))
     angle_mean: float = flag(0.0, "mean of the logit-normal law of the noise", type=float)
     angle_std: float = flag(1.0, "spread of that law", type=within(float, 0))
-    consistency_weight: float = flag(0.1, "of that loss; 0 saves its pass", type=within(float, 0))
+    consistency_weight: float = flag(0.1, "0 saves its pass", type=within(float, 0))
     cfg_scale: float = flag(1.5, "guidance of sampling", type=within(float, 0, 20))
     cfg_skip: int = flag(0, "first sampling steps without guidance", type=within(int, 0))
     same_noise: bool = flag(True, "one noise for all steps", action=argparse.BooleanOptionalAction)
@@ -74,7 +74,7 @@ class Settings:
     sample_every: int = flag(5000, "steps between sample grids", type=within(int, 1))
     eval_every: int = flag(0, "steps between FIDs of samples; 0: none", type=within(int, 0))
     eval_images: int = flag(2000, "samples of such a FID", type=within(int, 2))
-    eval_features: str = flag("inception", "or codec, offline", choices=["inception", "codec"])
+    eval_features: str = flag("inception", "codec: offline", choices=["inception", "codec"])
     eval_ref: str = flag("", "as fid.py's --ref; default: the dataset")
 
 # A run's settings: the defaults above, then its preset's, its dataset's, and the flags given. The
@@ -89,9 +89,9 @@ DATASET_SETTINGS = {
     "imagenet": dict(preset="XL", weight_decay=0.0, batch_size=1024, max_steps=500_000,
                      save_every=5000),                                          # 400 epochs
 }
-FIXED = ("dataset", "preset", "codec", "flip", "seed", "batch_size", "sphere", "max_angle")
+FIXED = ("preset", "codec", "flip", "seed", "batch_size", "sphere", "max_angle")    # by --resume
 BAD_STEPS = 10                  # so many in a row without a finite gradient end the run
-BINS = 6                        # the loss is also logged for sixths of the noise's law
+BINS = 6                        # the loss is also logged for sixths of the noise angles
 NOISE_BLOCK = 16                # images whose noise is drawn together
 
 def settings_of(flags):
@@ -136,20 +136,19 @@ def batch_indexes(n, batch_size, step, seed):
     return np.array([permutation(n, place // n, seed)[place % n] for place in places])
 
 def draw(step, rows, settings, config, device):
-    """What is random at a step for rows (a slice) of its batch, the same however that is split:
-    noise (B, T, C), angle (B,) radians, nearer (B,) in [0, 1), dropped (B,) bool.
+    """The random numbers of a step for rows (a slice) of its batch, the same however it is split:
+    noise (B, T, C), angle (B,) radians, share (B,) in [0, 1), dropped (B,) bool.
     """
     def generator(*key):
         seed = np.random.SeedSequence((settings.seed, step, *key)).generate_state(1)
         return torch.Generator(device).manual_seed(int(seed[0]))
-    size = settings.batch_size
-    u = torch.rand(3, size, generator=generator(0), device=device)
-    place = (torch.arange(size, device=device) + u[0]) / size       # stratified
+    u = torch.rand(3, settings.batch_size, generator=generator(0), device=device)
+    place = (torch.arange(len(u[0]), device=device) + u[0]) / len(u[0])         # stratified
     angle = noise_angle(place, config.max_angle, settings.angle_mean, settings.angle_std)
     blocks = range(rows.start // NOISE_BLOCK, math.ceil(rows.stop / NOISE_BLOCK))
     shape = (NOISE_BLOCK, config.tokens, config.channels)
     noise = [torch.randn(shape, generator=generator(1, k), device=device) for k in blocks]
-    noise = torch.cat(noise)[rows.start % NOISE_BLOCK:][:rows.stop - rows.start]
+    noise = torch.cat(noise)[rows.start % NOISE_BLOCK:][:rows.stop - rows.start]    # cut to rows
     return noise, angle[rows], u[1, rows], u[2, rows] < settings.label_dropout
 
 def learning_rate(step, settings):
@@ -158,7 +157,7 @@ def learning_rate(step, settings):
     cosine = 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * decay))
     return settings.lr * min(1.0, (step + 1) / settings.warmup) * cosine
 
-def make_model(config, settings, device, cards, choice):
+def make_model(config, settings, device, nccl, choice):
     """(model, DDP around it if need be, its moving average, AdamW); choice: of --compile."""
     torch.manual_seed(settings.seed)
     model = Denoiser(config).to(device)
@@ -170,16 +169,14 @@ def make_model(config, settings, device, cards, choice):
         model.compile()                         # in place: the state dict keeps its names
     elif choice == "auto" and device.type == "cuda":
         print("not compiled, which needs Triton and a C compiler")
-    ddp = model
-    if dist.is_initialized():
-        ddp = DDP(model, process_group=cards)
+    ddp = DDP(model, process_group=nccl) if dist.is_initialized() else model
     return model, ddp, ema, optimizer
 
 def train_step(ddp, ema, optimizer, step, settings, batch, context):
-    """One step of AdamW and the moving average; nothing changes if a gradient is not finite.
+    """One step of AdamW, none if a gradient is not finite, and of the moving average.
 
-    batch: z, labels, noise, angle, nearer of this process. context: makes the autocast context.
-    Returns loss, reconstruction, consistency, ones, (4, B), and the gradient norm, on the device.
+    batch: z, labels, noise, angle, share of this process. context: returns an autocast context.
+    Returns (4, B): loss, reconstruction, consistency, ones to count by; and the gradient norm.
     """
     model = getattr(ddp, "module", ddp)
     parts = list(zip(*(tensor.chunk(settings.accumulate) for tensor in batch)))
@@ -191,23 +188,25 @@ def train_step(ddp, ema, optimizer, step, settings, batch, context):
             loss, *both = losses(ddp, *part, settings.consistency_weight)
         (loss / len(parts)).backward()
         terms.append(torch.stack(both).detach())
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-    optimizer.found_inf = (~torch.isfinite(grad_norm)).float()      # fused AdamW then does nothing
-    if grad_norm.device.type != "mps" or torch.isfinite(grad_norm):
+    clip = settings.grad_clip or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    finite, fused = torch.isfinite(grad_norm), optimizer.defaults["fused"]
+    optimizer.found_inf = (~finite).float() if fused else None
+    if fused or finite:                         # a fused one skips by itself, and nothing waits
         optimizer.step()
-    with torch.no_grad():                       # short at first, so that early samples follow
-        decay = min(settings.ema_decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        decay = min(settings.ema_decay, (1 + step) / (10 + step))   # early samples follow closely
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     reconstruction, consistency = torch.cat(terms, dim=1)
     loss = reconstruction + settings.consistency_weight * consistency
     return torch.stack([loss, reconstruction, consistency, torch.ones_like(loss)]), grad_norm
 
-def bench(args, settings, context, rank, world, device, cards):
+def bench(args, settings, context, rank, world, device, nccl):
     """Print the rate of train_step on random latents, and of a large matrix product."""
     config, batch_size = ModelConfig(*args.latent, **PRESETS[settings.preset]), settings.batch_size
-    _, *trained = make_model(config, settings, device, cards, args.compile)
-    noise, angle, nearer, dropped = draw(0, slice(0, batch_size // world), settings, config, device)
-    batch = noise.flip(1), dropped.long(), noise, angle, nearer     # of the classes 0 and 1
+    _, *trained = make_model(config, settings, device, nccl, args.compile)
+    noise, angle, share, dropped = draw(0, slice(0, batch_size // world), settings, config, device)
+    batch = noise.flip(1), dropped.long(), noise, angle, share      # flipped noise as latents
     step = functools.partial(train_step, *trained, 0, settings, batch, context)
     images = batch_size / seconds(lambda: step()[1], 20)
     used = images * (4 if settings.consistency_weight else 3) * flops(config) / world / 1e12
@@ -223,8 +222,7 @@ def bench(args, settings, context, rank, world, device, cards):
 # ----------------------------------------------------------------------------------------- the run
 
 def open_data(settings, rows, key, codec, device, args):
-    """What a run trains on: a function from a step to the latents (with --live the images) and
-    labels of its batch's rows, the number of images, the classes, the cache's key."""
+    """(function: step -> latents or, live, images, and labels; number of images; classes; key)."""
     if args.live:
         source = from_first(lambda: find_dataset(settings.dataset, args.data_dir))
         labels = np.tile(source.labels, 1 + settings.flip)
@@ -235,22 +233,19 @@ def open_data(settings, rows, key, codec, device, args):
         source = open_cache(settings.codec, codec, settings.flip, device, args, key)
         codec.encoder = None                    # has done its work
         labels, new_key = source.labels, source.folder.name[-8:]
-        latents = source.read
-        room = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 2**30
+        take = source.read
+        room = torch.cuda.mem_get_info(device)[0] / 3 if device.type == "cuda" else 2**30
         if 2 * len(labels) * math.prod(source.shape) < room:    # into memory, or onto the card
-            latents = np.concatenate([source.chunk(k) for k in source.chunks()])
-            latents = torch.from_numpy(latents).to(device).__getitem__
+            chunks = [torch.tensor(source.chunk(k), device=device) for k in source.chunks()]
+            take = torch.cat(chunks).__getitem__
     usable = np.flatnonzero(labels >= 0)
     def read(step):
         indexes = batch_indexes(len(usable), settings.batch_size, step, settings.seed)[rows]
         indexes = usable[indexes]
         if not args.live:
-            return latents(indexes), labels[indexes]
+            return take(indexes), labels[indexes]
         images = next(source.batches([indexes], codec.image_size, args.workers, args.skip_bad))
-        good = [i for i, image in enumerate(images) if image is not None]
-        if not good:
-            raise UserError(f"{settings.dataset}: not one image of a batch can be read")
-        good = np.resize(good, len(images))         # readable ones stand in for the others
+        good = np.resize([i for i, image in enumerate(images) if image is not None], len(images))
         return np.stack([images[i] for i in good]), labels[indexes[good]]
     return read, len(usable), source.classes, new_key
 
@@ -264,12 +259,12 @@ def stop_on_signals():
     signal.signal(signal.SIGTERM, note)
     return signals
 
-def resume_command(world):
-    """What to type to go on with this run."""
-    command = shlex.join(sys.argv + ["--resume"] * ("--resume" not in sys.argv))
+def command(world, resume=True):
+    """What to type to go on with this run, or to start it again."""
+    line = shlex.join(sys.argv + ["--resume"] * (resume and "--resume" not in sys.argv))
     if world > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        return f"torchrun as before on every node, of {command}"
-    return f"torchrun --nproc_per_node={world} {command}" if world > 1 else f"python {command}"
+        return f"on every node, the same torchrun with {line}"
+    return f"torchrun --nproc_per_node={world} {line}" if world > 1 else f"python {line}"
 
 def save_checkpoint(path, state):
     def write(file):
@@ -288,43 +283,48 @@ def save_grids(folder, step, draw_images, classes):
     strips = make_filmstrip(images[:, :columns], names, range(1, len(images) + 1))
     write_png(folder / f"filmstrip_{step:06d}.png", strips)
 
+def set_aside(out_dir):
+    """Move what an earlier run has written to earlier_N."""
+    if (out_dir / "log.csv").exists() or (out_dir / "ckpt.pt").exists():
+        places = (out_dir / f"earlier_{number}" for number in itertools.count(1))
+        aside = next(place for place in places if not place.exists())
+        aside.mkdir()
+        for name in ("ckpt.pt", "best.pt", "log.csv", "samples", "grid*.png"):
+            for file in out_dir.glob(name):
+                file.rename(aside / file.name)
+        print(f"{out_dir}: held an earlier run, now in {aside}")
+
 def start_log(out_dir, config, settings, step):
-    """Begin log.csv: a new run moves an earlier one to earlier_N, a resumed one keeps its rows."""
+    """Begin log.csv, or keep its rows up to a resumed run's step; returns its columns."""
+    if not step:
+        set_aside(out_dir)
     inner = noise_angle(torch.arange(1, BINS) / BINS, config.max_angle,
                         settings.angle_mean, settings.angle_std)
     edges = [0, *torch.rad2deg(inner).tolist(), config.max_angle]
     score = "fid" if settings.eval_features == "inception" else "codec"
     columns = ["step", "loss", "reconstruction", "consistency", "lr", "grad_norm", "images_per_s",
-               "skipped", *(f"loss_{low:.3g}_{high:.3g}" for low, high in zip(edges, edges[1:])),
+               "skipped", *(f"loss_{low:.4g}_{high:.4g}" for low, high in zip(edges, edges[1:])),
                f"{score}_{settings.eval_images}"]
     path = out_dir / "log.csv"
     rows = csv.DictReader(path.read_text().splitlines()) if step and path.is_file() else []
-    files = [file for file in out_dir.glob("*") if not file.name.startswith("earlier_")]
-    if files and not step:
-        aside = out_dir / f"earlier_{1 + len(list(out_dir.glob('earlier_*')))}"
-        aside.mkdir()
-        for file in files:
-            file.rename(aside / file.name)
-        print(f"{out_dir}: held an earlier run, moved to {aside} (--resume would continue it)")
     rows = [row for row in rows if None not in row.values() and int(row["step"]) <= step]
     lines = [columns] + [[row.get(name, "nan") for name in columns] for row in rows]
     write_file(path, lambda file: np.savetxt(file, lines, "%s", ","))
     return columns
 
-def report(path, row, settings):
+def report(path, step, row, settings):
     """Append a row (name -> number) to log.csv, and print most of it."""
     with reading(f"{path}: cannot be written", "fix that, then --resume"), open(path, "a") as file:
         file.write(",".join(f"{value:.8g}" for value in row.values()) + "\n")
-    left = (settings.max_steps - row["step"]) * settings.batch_size / row["images_per_s"] / 60
+    left = (settings.max_steps - step) * settings.batch_size / row["images_per_s"] / 60
     shown = [f"{value:.4g} {name}" for name, value in row.items()
              if value > 0 and name != "step" and not name.startswith("loss_")]
-    print(f"step {row['step']:6d}/{settings.max_steps}  {left:.1f} min left", *shown, sep="  ",
-          flush=True)
+    print(f"step {step:6d}/{settings.max_steps}  {left:.1f} min left", *shown, sep="  ", flush=True)
 
 def main():
     args, flags = parse_args()
     rank, world, device = join(args)
-    cards = dist.new_group(backend="nccl") if world > 1 and device.type == "cuda" else None
+    nccl = dist.new_group(backend="nccl") if world > 1 and device.type == "cuda" else None
     context = functools.partial(autocast, device, args.dtype)
     settings = settings_of(flags)
     out_dir = args.out_dir or Path("out") / dataset_place(settings.dataset, args.data_dir)[0]
@@ -339,14 +339,14 @@ def main():
     if settings.batch_size % (world * settings.accumulate):
         raise UserError(f"--batch_size: must be a multiple of {world * settings.accumulate}")
     if args.bench:
-        return bench(args, settings, context, rank, world, device, cards)
+        return bench(args, settings, context, rank, world, device, nccl)
 
     # the data and the model; what may fail comes before anything is written
     args.dataset = settings.dataset
     codec = (load_codec_of(checkpoint, device) if args.resume
              else prepare_codec(settings.codec, args, device))
     rows = slice(rank * settings.batch_size // world, (rank + 1) * settings.batch_size // world)
-    weights = codec.half_weights() if settings.codec in SMALL_CODECS else None
+    weights = codec.state_dict() if settings.codec in SMALL_CODECS else None
     saved_codec = dict(name=settings.codec, fingerprint=fingerprint(codec), weights=weights)
     key = checkpoint["cache_key"]
     read, count, classes, key = open_data(settings, rows, key, codec, device, args)
@@ -357,7 +357,7 @@ def main():
     config = ModelConfig(*codec.latent_shape, len(classes), sphere=settings.sphere,
                          max_angle=settings.max_angle or largest_angle(*codec.latent_shape),
                          **PRESETS[settings.preset])
-    model, ddp, ema, optimizer = make_model(config, settings, device, cards, args.compile)
+    model, ddp, ema, optimizer = make_model(config, settings, device, nccl, args.compile)
     step, since, best = checkpoint["step"], checkpoint["since"], checkpoint["best"]
     stats = torch.zeros(4, settings.batch_size, device=device)     # sums since the last log line
     bad, worst = torch.zeros(2, device=device)              # steps in a row that were skipped
@@ -371,8 +371,7 @@ def main():
     if rank == 0:
         columns = start_log(out_dir, config, settings, step)
         print(f"{count:,} images of {len(classes)} classes, latents {config.tokens}x"
-              f"{config.channels}, {world} x {device.type}, from step {step}\n{settings}",
-              flush=True)
+              f"{config.channels}, {world} x {device.type}, from step {step}\n{settings}")
 
     # the loop
     thread = ThreadPoolExecutor(1)
@@ -387,8 +386,8 @@ def main():
         if args.live:
             with torch.no_grad(), context():
                 z = codec.encode(to_float(z, device)).half()        # what the cache would hold
-        noise, angle, nearer, dropped = draw(step, rows, settings, config, device)
-        batch = z.float(), y.masked_fill(dropped, config.num_classes), noise, angle, nearer
+        noise, angle, share, dropped = draw(step, rows, settings, config, device)
+        batch = z.float(), y.masked_fill(dropped, config.num_classes), noise, angle, share
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
         terms, grad_norm = train_step(ddp, ema, optimizer, step, settings, batch, context)
         finite = torch.isfinite(grad_norm)
@@ -397,22 +396,21 @@ def main():
         worst = torch.maximum(worst, bad)
         step += 1
 
-        stopping = torch.tensor(len(signals))
+        stopping = torch.tensor(len(signals))               # of all processes, by gloo
         if world > 1:
             dist.all_reduce(stopping)
-        ending = stopping or step == settings.max_steps
-        evaluating = settings.eval_every and step % settings.eval_every == 0
-        logging = step % settings.log_every == 0 or step == settings.max_steps or evaluating
-        saving = step % settings.save_every == 0 or ending or evaluating
+        last = step == settings.max_steps
+        evaluating = settings.eval_every and (step % settings.eval_every == 0 or last)
+        logging = step % settings.log_every == 0 or last or evaluating
+        saving = step % settings.save_every == 0 or last or stopping or evaluating
         score = math.nan
         if logging or saving:
             if world > 1:
-                dist.reduce(stats, 0, group=cards)
+                dist.reduce(stats, 0, group=nccl)
                 stats *= rank == 0                          # the first process holds all sums
             if worst.item() >= BAD_STEPS:
-                raise UserError(f"the gradient was not finite in {worst.item():.0f} steps in a "
-                                f"row, up to step {step}; go on from the last checkpoint at a "
-                                f"smaller rate: {resume_command(world)} --lr {settings.lr / 3:.1g}")
+                raise UserError(f"no finite gradient for {worst.item():.0f} steps, to {step}: try "
+                                f"{command(world, path.is_file())} --lr {settings.lr / 3:.1g}")
         if evaluating and rank == 0:
             images = draw_images(torch.arange(settings.eval_images) % len(classes))
             score = evaluate(images, settings.eval_images, extractor, reference, ["fid"])["fid"]
@@ -423,7 +421,7 @@ def main():
             skipped = step - since - round(sums[3].item() / settings.batch_size)
             row = [step, *(sums / sums[3]).tolist()[:3], lr, grad_norm.item(), rate, skipped,
                    *(bins[:, 1] / bins[:, 3]).tolist(), score]
-            report(out_dir / "log.csv", dict(zip(columns, row)), settings)
+            report(out_dir / "log.csv", step, dict(zip(columns, row)), settings)
             stats.zero_()
             since = step
         if saving and rank == 0:
@@ -434,15 +432,17 @@ def main():
                          cache_key=key, since=since, stats=stats.cpu(), best=best)
             if score == best:
                 save_checkpoint(out_dir / "best.pt", state)
-            if ending or not bad.item():                    # bad steps may follow spoilt weights
+            if last or stopping or not bad.item():          # bad steps may follow spoilt weights
                 save_checkpoint(path, state)
-        if rank == 0 and (step % settings.sample_every == 0 or step == settings.max_steps):
+        if rank == 0 and (step % settings.sample_every == 0 or last):
             save_grids(out_dir / "samples", step, draw_images, classes)
         if logging or saving:
+            if world > 1:
+                dist.barrier()                              # gloo: nccl waits ten minutes only
             started, timed = time.time(), step
 
     if rank == 0 and stopping:
-        print(f"stopped at step {step}, saved in {path}; go on with: {resume_command(world)}")
+        print(f"stopped at step {step}, saved in {path}; go on with: {command(world)}")
     elif rank == 0:
         print(f"done: {path}, grids in {out_dir / 'samples'}\nnext: python sample.py --ckpt {path}")
 
