@@ -2,7 +2,7 @@
 
     python encode.py --dataset flowers                           # downloads Oxford Flowers
     torchrun --nproc_per_node=8 encode.py --dataset imagenet     # killed, it goes on where it was
-    python encode.py --reconstruct photo.jpg --codec rae         # beside its reconstruction
+    python encode.py --reconstruct photo.jpg --codec rae         # above its reconstruction
 """
 import contextlib
 import hashlib
@@ -588,14 +588,14 @@ def open_cache(name, codec, flip, device, args, key=""):
 # ------------------------------------------------------------------------------------- the script
 
 def reconstruct(codec, device, args):
-    """Write images beside their reconstructions to --out, 16 at most; print the PSNR of all."""
+    """Write images above their reconstructions to --out, 16 at most; print the PSNR of all."""
     if args.reconstruct:
         file = Path(args.reconstruct)
         paths = [str(file)] if file.is_file() else list_images(file)
         dataset, rows = Dataset("", [], np.zeros(len(paths)), paths), np.arange(len(paths))
     else:
         dataset = find_dataset(args.dataset, args.data_dir)
-        rows = np.linspace(0, len(dataset) - 1, 16).astype(int)
+        rows = np.random.default_rng(0).permutation(len(dataset))[:16]
     psnr, pairs = [], []
     for [image] in dataset.batches(rows[:, None], codec.image_size, args.workers, args.skip_bad):
         if image is not None:
@@ -603,12 +603,12 @@ def reconstruct(codec, device, args):
             with autocast(device, args.dtype):
                 y = codec.decode(codec.encode(x)).float()
             psnr.append(-10 * (y - x).pow(2).mean().clamp_min(1e-10).log10().item())
-            pairs.append(np.concatenate([image, to_uint8(y)[0]], axis=1))       # (S, 2 S, 3)
+            pairs.append(np.concatenate([image, to_uint8(y)[0]]))               # (2 S, S, 3)
     if not pairs:
         raise UserError(f"{args.reconstruct or args.dataset}: no readable image")
-    picture = Image.fromarray(np.concatenate(pairs[:16]))
+    picture = Image.fromarray(np.concatenate(pairs[:16], axis=1))
     write_file(args.out, lambda file: picture.save(file, format="PNG"))
-    print(f"{args.out}: originals on the left; PSNR {np.mean(psnr):.2f} dB, mean of {len(psnr)}")
+    print(f"{args.out}: originals on top; PSNR {np.mean(psnr):.2f} dB, mean of {len(psnr)}")
 
 def main():
     parser = make_parser(__doc__)
@@ -620,7 +620,7 @@ def main():
     add("--fit", action="store_true", help="fit a small codec to the dataset")
     add("--fit_steps", type=within(int, 1), default=1500, help="steps of 128 images; default: 1500")
     add("--reconstruct", metavar="PATH", nargs="?", const="", help="write an image, a folder's "
-        "images, or without PATH some of the dataset's, beside their reconstructions")
+        "images, or without PATH some of the dataset's, above their reconstructions")
     add("--out", default="out/reconstruction.png", help="the picture that this writes")
     args = parser.parse_args()
     _, _, device = join(args)
