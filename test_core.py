@@ -571,8 +571,9 @@ def test_training_lowers_the_loss_and_writes_checkpoint_log_and_grids(copied):
     checkpoint = load(out / "ckpt.pt")
     assert checkpoint["step"] == 60 and list(checkpoint["model"]) == list(checkpoint["ema"])
     assert not any(key.startswith(("module.", "_orig_mod.")) for key in checkpoint["model"])
+    (out / "notes").touch()
     works(script(AGAIN + "--max_steps 4", copied), "earlier_1")     # nothing of a run is lost
-    assert load(out / "earlier_1/ckpt.pt")["step"] == 60
+    assert load(out / "earlier_1/ckpt.pt")["step"] == 60 and (out / "notes").exists()
 
 @pytest.mark.parametrize("names, flags", [
     ("SIGINT", ""), ("SIGTERM", ""), ("SIGKILL", ""), ("SIGTERM SIGTERM", "--live")])     # Slurm
