@@ -32,6 +32,7 @@ import sample
 import train
 
 torch.set_num_threads(1)
+model.PRESETS["tiny"].update(width=64, depth=2)                     # for speed, also in processes
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 TINY = dict(tokens=16, channels=32, num_classes=3, width=32, depth=2, heads=2)
@@ -46,8 +47,9 @@ def processes(line, cwd, count=2, patch=""):
     """Run a command line in processes of their own, after a patch: (exit status, their text)."""
     name, *args = line.split()
     (cwd / f"patched_{name}").write_text(
-        f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport encode, torch, {name[:-3]} "
-        f"as script\n{patch}\nencode.run(script.main)\n")
+        f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport encode, model, torch\n"
+        f"model.PRESETS['tiny'] = {model.PRESETS['tiny']}\nimport {name[:-3]} as script\n{patch}\n"
+        "encode.run(script.main)\n")
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     done = subprocess.run([sys.executable, *launch * (count > 1), f"patched_{name}", *args],
                           cwd=cwd, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -92,7 +94,6 @@ def draw_folder(folder, classes=("one", "two"), each=6, suffix=".png"):
     return folder
 
 def spoil(file):
-    """Cut a file short; returns what it held."""
     whole = file.read_bytes()
     file.write_bytes(whole[:len(whole) * 2 // 3])
     return whole
@@ -132,7 +133,6 @@ def caches(cwd):
     return sorted(map(encode.read_index, files), key=lambda cache: len(cache.labels))
 
 def read_log(out):
-    """The rows of a log.csv, as dicts of floats."""
     header, *rows = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
     return [dict(zip(header, map(float, row), strict=True)) for row in rows]
 
