@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import scipy.io
@@ -261,9 +262,8 @@ def dataset_place(dataset, data_dir):       # its name, and the folder of its im
     if dataset in NAMED:
         return dataset, Path(data_dir) / dataset / NAMED[dataset][0]
     folder = Path(dataset) if Path(dataset).is_dir() else Path(data_dir) / dataset
-    parts = Path(os.path.abspath(folder)).parts[1:][-2:]
-    parts = [part for part in parts if part != Path(data_dir).absolute().name]
-    name = "-".join(parts) or "data"        # of its last two folders: data/a/train is a-train
+    parts = Path(os.path.abspath(folder)).parts[1:][-2:]        # data/a/train is called a-train
+    name = "-".join(part for part in parts if part != Path(data_dir).absolute().name) or "data"
     if name in NAMED:
         raise UserError(f"--dataset {dataset}: call it {name}")
     return name, folder
@@ -293,7 +293,6 @@ RAES = {    # codec -> DINOv2's letter, latent channels, folder, names of files 
     "rae": ("b", 768, "wReg_base", "stat-84ede66d", "decoder-5fedf7c9"),
     "rae-small": ("s", 384, "wReg_small", "stat", "decoder"),
     "rae-large": ("l", 1024, "wReg_large", "stat", "decoder")}
-os.environ |= dict(XFORMERS_DISABLED="1", TORCH_FORCE_WEIGHTS_ONLY_LOAD="1")    # for DINOv2's code
 
 class ViTLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), under the published names."""
@@ -338,6 +337,7 @@ class ViTDecoder(nn.Module):
         x = x.unflatten(2, (self.patch, self.patch, 3)).unflatten(1, (self.grid, self.grid))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)             # (B, 3, S, S)
 
+@patch.dict(os.environ, XFORMERS_DISABLED="1", TORCH_FORCE_WEIGHTS_ONLY_LOAD="1")     # for its code
 def load_dinov2(entry):             # from torch.hub's folder, or downloaded to it
     hub, file = Path(torch.hub.get_dir()), f"{entry}4_pretrain.pth"
     code = next(hub.glob("facebookresearch_dinov2_*/"), hub / f"facebookresearch_dinov2_{COMMIT}")
