@@ -190,16 +190,17 @@ def choose_classes(typed, classes):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--ckpt", type=Path, default="out", help="or a folder, for its newest; default: out")
+    add("--ckpt", type=Path, default="out", help="a file, or a folder: its newest; default: out")
     add("--num_images", type=within(int, 1), help="default: 8 of each class, at most 80")
     add("--classes", nargs="+", help="names or numbers, drawn in equal numbers; default: all")
     add("--seed", type=within(int, 0), default=0, help="of the noise; default: 0")
     add("--out", help="a grid (.png), an .npz or a folder of PNGs; default: grid_FLAGS.png")
     add("--filmstrip", nargs="?", const="steps", choices=FILMSTRIPS, help="a row for each image")
-    add("--steps", type=within(int, 1), default=4, help="default: 4; of the next 3: as trained")
-    add("--cfg_scale", type=within(float, 0, 20), default=SUPPRESS, help="of guidance; 1: none")
-    add("--cfg_skip", type=within(int, 0), default=SUPPRESS, help="first steps without it")
-    add("--same_noise", action=BooleanOptionalAction, default=SUPPRESS, help="at all steps")
+    add("--steps", type=within(int, 1), default=4, help="denoising steps; default: 4")
+    add("--cfg_scale", type=within(float, 0, 20), default=SUPPRESS,
+        help="guidance scale, 1 for none; default, as for the next two: as in training")
+    add("--cfg_skip", type=within(int, 0), default=SUPPRESS, help="first steps without guidance")
+    add("--same_noise", action=BooleanOptionalAction, default=SUPPRESS, help="one for all steps")
     add("--pixel_loop", action="store_true", help="decode and encode between steps")
     add("--bench", action="store_true", help="time denoising and decoding instead")
     add("--compile", action="store_true", help="torch.compile the denoiser, for many images")
@@ -231,7 +232,8 @@ def main():
 
     view = {"steps": functools.partial(generate, return_all=True), "guidance": raise_guidance,
             "angle": turn_towards_noise, "slerp": walk_to_the_next}.get(args.filmstrip, generate)
-    at_once = count if args.filmstrip == "slerp" else args.batch_size   # all in a circle
+    # slerp needs all images at once, for its last row leads to the first
+    at_once = count if args.filmstrip == "slerp" else args.batch_size
     batches = sample_batches(model, codec, labels, at_once, device, args.seed, args.dtype, view,
                              rank, world, **options)
     if rank > 0:

@@ -65,7 +65,7 @@ class Settings:
     max_angle: float = flag(0.0, "degrees of most noise; 0: by size", type=within(float, 0, 89.99))
     angle_mean: float = flag(0.0, "mean of the logit-normal law of the noise", type=float)
     angle_std: float = flag(1.0, "spread of that law", type=within(float, 0))
-    consistency_weight: float = flag(0.1, "0 saves its pass", type=within(float, 0))
+    consistency_weight: float = flag(0.1, "of that loss; 0 saves its pass", type=within(float, 0))
     cfg_scale: float = flag(1.5, "guidance of sampling", type=within(float, 0, 20))
     cfg_skip: int = flag(0, "first sampling steps without guidance", type=within(int, 0))
     same_noise: bool = flag(True, "one noise for all steps", action=argparse.BooleanOptionalAction)
@@ -74,7 +74,7 @@ class Settings:
     sample_every: int = flag(5000, "steps between sample grids", type=within(int, 1))
     eval_every: int = flag(0, "steps between FIDs of samples; 0: none", type=within(int, 0))
     eval_images: int = flag(2000, "samples of such a FID", type=within(int, 2))
-    eval_features: str = flag("inception", "codec: offline", choices=["inception", "codec"])
+    eval_features: str = flag("inception", "codec works offline", choices=["inception", "codec"])
     eval_ref: str = flag("", "as fid.py's --ref; default: the dataset")
 
 # A run's settings: the defaults above, then its preset's, its dataset's, and the flags given. The
