@@ -19,6 +19,7 @@ Source: "Efficient Image Synthesis with Sphere Latent Encoder", arXiv 2605.15592
 that of Sphere Encoder, arXiv 2602.15030. Shapes: B batch, T tokens, C latent channels, D width,
 H heads. `python model.py` lists the presets and their sizes.
 """
+import copy
 import math
 from dataclasses import dataclass
 
@@ -198,10 +199,7 @@ def sincos_2d(tokens, width):
     return torch.cat([column, row], dim=1)[None]
 
 def flops(config):
-    """FLOPs of one image's forward pass, a multiply and an add counting as two.
-
-    Matrix products only: 2 T per weight, 4 T^2 D per layer's attention; adaLN runs once per image.
-    """
+    """FLOPs (two a multiply-add) of the matrix products of one image's forward pass."""
     T, D, hidden = config.tokens, config.width, 8 * round(config.width / 3)
     block = 2 * T * (4 * D * D + 3 * D * hidden) + 4 * T * T * D + 2 * 6 * D * D
     return config.depth * block + 2 * T * 2 * config.channels * D + 2 * 2 * D * D
@@ -218,7 +216,7 @@ def losses(model, z, labels, noise, angle, share, consistency_weight=0.0):
     model: a Denoiser, or DDP around one. z, noise: (B, T, C) clean latents and Gaussian noise;
     labels: (B,). angle: (B,) radians, of the noisy ("strong") points. share: (B,) in [0, 1); the
     "weak" point lies at tan(a') = share / 2 * tan(a). A weight of 0 saves the weak point's pass.
-    Returns (total, reconstruction (B,), consistency (B,)), float32.
+    Returns total, reconstruction and consistency, each (B,) float32.
     Source: paper, the two losses; arXiv 2602.15030 for the weak point.
     """
     bare = getattr(model, "module", model)      # without DDP, for the pass without gradients
@@ -226,15 +224,60 @@ def losses(model, z, labels, noise, angle, share, consistency_weight=0.0):
     out = model(rotate(z, noise, angle, sphere), labels)
     reconstruction = squared_error(out, z)
     if consistency_weight == 0:
-        return reconstruction.mean(), reconstruction, torch.zeros_like(reconstruction)
+        return reconstruction, reconstruction, torch.zeros_like(reconstruction)
     with torch.no_grad():
         weak = torch.atan(0.5 * share * angle.tan())
         target = bare(rotate(z, noise, weak, sphere), labels)
     consistency = squared_error(out, target)
-    total = (reconstruction + consistency_weight * consistency).mean()
-    return total, reconstruction, consistency
+    return reconstruction + consistency_weight * consistency, reconstruction, consistency
+
+# ---------------------------------------------------------------------------------- distillation
+
+class Distillation(nn.Module):
+    """A generator of one pass, and two denoisers that judge its images.
+
+    All three begin as the trained denoiser. `real`, frozen, knows the data; `fake` learns what the
+    generator draws. Where they disagree about a noisy image, `real` says what is missing in it.
+    """
+
+    def __init__(self, denoiser):
+        super().__init__()
+        self.generator = denoiser
+        self.fake = copy.deepcopy(denoiser)
+        self.real = copy.deepcopy(denoiser).requires_grad_(False)
+
+    def forward(self, noise, labels, new_noise, angle, cfg_scale):
+        """x = G(noise, y), and what fake and real see in x turned towards new_noise by angle."""
+        x = self.generator(to_sphere(noise), labels).float()                    # (B, T, C)
+        v = rotate(x.detach(), new_noise, angle)
+        with torch.no_grad():
+            real = guided(self.real, v, labels, cfg_scale)
+        return x, self.fake(v, labels).float(), real
+
+def distribution_matching(model, noise, labels, new_noise, angle, share, cfg_scale=1.0):
+    """Move the generator's images x from where fake takes them to be to where real does.
+
+    g = (F(v, y) - R(v, y)) / mean|x - R(v, y)|;   L = |x - sg(x - g)|^2 / 2 + |F(v, y) - sg(x)|^2
+
+    model: a Distillation, or DDP around one. cfg_scale: the guidance of real. share is not used.
+    Returns total, denoising (fake's loss) and matching, each (B,) float32.
+    Source: arXiv 2311.18828, 2405.14867, there without the sphere.
+    """
+    x, fake, real = model(noise, labels, new_noise, angle, cfg_scale)
+    gradient = (fake - real) / (x - real).abs().mean((1, 2), keepdim=True)
+    matching = squared_error(x, (x - gradient).detach()) / 2
+    denoising = squared_error(fake, x.detach())
+    return matching + denoising, denoising, matching
 
 # -------------------------------------------------------------------------------------- sampling
+
+def guided(model, v, labels, cfg_scale):
+    """Classifier-free guidance, x_null + s (x - x_null): (B, T, C) float32. arXiv 2207.12598."""
+    if cfg_scale == 1:
+        return model(v, labels).float()
+    null = torch.full_like(labels, model.config.num_classes)
+    x, x_null = model(torch.cat([v, v]), torch.cat([labels, null])).float().chunk(2)
+    return x_null + cfg_scale * (x - x_null)
 
 @torch.no_grad()
 def generate(model, labels, steps=4, cfg_scale=1.0, cfg_skip=0, same_noise=False, noise=None,
@@ -243,13 +286,12 @@ def generate(model, labels, steps=4, cfg_scale=1.0, cfg_skip=0, same_noise=False
 
     Step k of n starts at the angle tan(a) = (1 - k/n)^1.5 tan(max_angle), the first at pure noise.
 
-    labels: (B,) int64. steps: at least 1. cfg_scale: s of classifier-free guidance,
-    x_null + s (x - x_null); 1 turns it off, any other doubles the cost of a step. cfg_skip: how
-    many first steps go without it, for it overshoots from pure noise; never the last two.
+    labels: (B,) int64. steps: at least 1. cfg_scale: guidance; any but 1 doubles a step's cost.
+    cfg_skip: how many first steps go without, for it overshoots there; never the last two.
     noise: (steps, B, T, C), or None to draw it with `generator`. same_noise: use the first one at
     every step. between: a function applied to the prediction between steps.
     Returns (B, T, C) float32, or with return_all (steps, B, T, C), the prediction of every step.
-    Source: paper, few-step sampling; arXiv 2207.12598, classifier-free guidance.
+    Source: paper, few-step sampling.
     """
     config, device = model.config, labels.device
     limit = math.tan(math.radians(config.max_angle))
@@ -257,7 +299,6 @@ def generate(model, labels, steps=4, cfg_scale=1.0, cfg_skip=0, same_noise=False
         shape = (steps, len(labels), config.tokens, config.channels)
         noise = torch.randn(shape, generator=generator, device=getattr(generator, "device", device))
         noise = noise.to(device)
-    null = torch.full_like(labels, config.num_classes)
     outputs = []
     for step in range(steps):
         if step == 0:
@@ -265,12 +306,7 @@ def generate(model, labels, steps=4, cfg_scale=1.0, cfg_skip=0, same_noise=False
         else:
             angle = math.atan((1 - step / steps) ** 1.5 * limit)
             v = rotate(x, noise[0 if same_noise else step], angle, config.sphere)
-        if cfg_scale == 1 or step < min(cfg_skip, steps - 2):
-            x = model(v, labels).float()
-        else:
-            both = model(torch.cat([v, v]), torch.cat([labels, null])).float()
-            x, x_null = both.chunk(2)
-            x = x_null + cfg_scale * (x - x_null)
+        x = guided(model, v, labels, 1 if step < min(cfg_skip, steps - 2) else cfg_scale)
         outputs.append(x)
         if between is not None and step < steps - 1:
             x = between(x)

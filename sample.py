@@ -25,7 +25,8 @@ from encode import (UserError, autocast, fingerprint, from_first, join, load_cod
                     make_parser, reading, run, to_uint8, within, write_file)
 from model import Denoiser, ModelConfig, flops, generate, rotate, to_sphere
 
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
+SAMPLING = ("steps", "cfg_scale", "cfg_skip", "same_noise")     # settings that train.py stores
 FILMSTRIPS = {                  # what --filmstrip shows, and what its columns stand for
     "steps": None,                                              # the image after 1, 2, ... steps
     "guidance": [1, 1.5, 2, 3, 4, 6],                           # scale, from the same noise
@@ -196,7 +197,7 @@ def main():
     add("--seed", type=within(int, 0), default=0, help="of the noise; default: 0")
     add("--out", help="a grid (.png), an .npz or a folder of PNGs; default: grid_FLAGS.png")
     add("--filmstrip", nargs="?", const="steps", choices=FILMSTRIPS, help="a row for each image")
-    add("--steps", type=within(int, 1), default=4, help="denoising steps; default: 4")
+    add("--steps", type=within(int, 1), default=SUPPRESS, help="default: 4; 1 where distilled")
     add("--cfg_scale", type=within(float, 0, 20), default=SUPPRESS,
         help="guidance scale, 1 for none; default, as for the next two: as in training")
     add("--cfg_skip", type=within(int, 0), default=SUPPRESS, help="first steps without guidance")
@@ -219,7 +220,7 @@ def main():
     chosen = choose_classes(args.classes, classes)
     count = args.num_images or min(len(chosen), 10) * (1 if args.filmstrip else 8)
     labels = torch.tensor(chosen)[torch.arange(count) % len(chosen)]
-    options = {name: settings[name] for name in ("steps", "cfg_scale", "cfg_skip", "same_noise")}
+    options = {name: settings[name] for name in SAMPLING}
     if args.pixel_loop:
         options["between"] = lambda z: codec.encode(codec.decode(z))
     flags = re.sub(r"[^\w.,]+", "_", "".join(sys.argv[1:]))   # the picture is named after them
@@ -232,17 +233,18 @@ def main():
 
     view = {"steps": functools.partial(generate, return_all=True), "guidance": raise_guidance,
             "angle": turn_towards_noise, "slerp": walk_to_the_next}.get(args.filmstrip, generate)
-    # slerp needs all images at once, for its last row leads to the first
-    at_once = count if args.filmstrip == "slerp" else args.batch_size
+    at_once = count if args.filmstrip == "slerp" else args.batch_size      # its rows form a ring
     batches = sample_batches(model, codec, labels, at_once, device, args.seed, args.dtype, view,
                              rank, world, **options)
     if rank > 0:
         return list(batches)                                    # its share, for the first process
-    print(f"{path}: step {checkpoint['step']}, {count} images, {options}", flush=True)
+    guided = 0 if options["cfg_scale"] == 1 else options["steps"]
+    nfe = options["steps"] + guided - max(0, min(guided - 2, options["cfg_skip"]))
+    print(f"{path}: step {checkpoint['step']}, {count} images, {options}, NFE {nfe}", flush=True)
     batches = tqdm(batches, total=math.ceil(count / at_once), unit="batch")
     captions = [classes[y] for y in labels]
     if args.filmstrip:
-        columns = FILMSTRIPS[args.filmstrip] or range(1, args.steps + 1)
+        columns = FILMSTRIPS[args.filmstrip] or range(1, options["steps"] + 1)
         write_png(out, make_filmstrip(np.concatenate(list(batches), axis=-4), captions, columns))
     elif kind == ".png":
         columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(count))
