@@ -223,8 +223,7 @@ def test_losses_are_the_papers_two_terms_and_send_gradient_where_they_say():
 
 def test_distribution_matching_moves_images_from_fake_to_real_and_teaches_fake():
     judged = model.Distillation(random_denoiser())
-    for parameter in judged.fake.parameters():
-        nn.init.normal_(parameter, std=0.1)
+    nn.init.normal_(judged.fake.out.weight)
     noise, new_noise, y = torch.randn(4, 16, 32), torch.randn(4, 16, 32), torch.arange(4)
     angle = torch.full((4,), 1.2)
     got = model.distribution_matching(judged, noise, y, new_noise, angle, None, 2.0)
@@ -232,17 +231,13 @@ def test_distribution_matching_moves_images_from_fake_to_real_and_teaches_fake()
     v = model.rotate(x.detach(), new_noise, angle)
     fake, null = judged.fake(v, y), judged.real(v, torch.full_like(y, 3))
     real = null + 2 * (judged.real(v, y) - null)
-    away = (fake - real) / (x - real).abs().mean((1, 2), keepdim=True)
+    away = ((fake - real) / (x - real).abs().mean((1, 2), keepdim=True)).detach()
     denoising = (fake - x.detach()).pow(2).mean((1, 2))
     assert_close(got[1:], (denoising, away.pow(2).mean((1, 2)) / 2))
     got[0].sum().backward()
-    weights = list(judged.generator.parameters())
-    want = torch.autograd.grad((x * away.detach()).mean((1, 2)).sum(), weights)
-    assert_close([weight.grad for weight in weights], want, rtol=1e-3, atol=1e-6)
-    weights = list(judged.fake.parameters())
-    want = torch.autograd.grad(denoising.sum(), weights)
-    assert_close([weight.grad for weight in weights], want, rtol=1e-3, atol=1e-6)
-    assert all(parameter.grad is None for parameter in judged.real.parameters())
+    weights = [*judged.generator.parameters(), *judged.fake.parameters()]
+    want = torch.autograd.grad((x * away).mean((1, 2)).sum() + denoising.sum(), weights)
+    assert_close([weight.grad for weight in weights], list(want), rtol=1e-3, atol=1e-5)
 
 @pytest.mark.parametrize("steps, unguided, options", [
     (4, 4, {}), (1, 0, dict(cfg_scale=3.0)), (4, 0, dict(cfg_scale=3.0, same_noise=True)),
@@ -356,7 +351,6 @@ def test_encoding_that_a_full_disk_interrupted_goes_on_with_the_missing_chunks(c
     fails_clearly(script(ENCODE, copied), "000001.npy: No space left on device; fix that")
     assert [file.name for file in folder.iterdir()] == ["000000.npy"]       # no index, nothing half
     works(script(ENCODE, copied), "12 images", "complete")
-    works(script(ENCODE, copied))                                   # nothing is left to do
     assert written == [5, 5, 5, 2]
 
 def test_several_processes_write_the_cache_that_one_writes(copied):
@@ -374,8 +368,7 @@ def test_other_images_or_another_codec_get_a_new_cache_and_checkpoints_stand_alo
     works(script(ENCODE, copied), "14 images")
     works(script(ENCODE + "--fit --fit_steps 2 --out pairs.png", copied), "PSNR", "mean of 14")
     assert Image.open(copied / "pairs.png").size == (14 * 32, 64)   # with their reconstructions
-    works(script(ENCODE, copied), "14 images")
-    assert len(caches(copied)) == 3
+    assert len(caches(copied)) == 2
     assert all(file.read_bytes() == data for file, data in before.items())
     works(script(TRAIN + "--resume --max_steps 13", copied), "12 images")
     shutil.move(copied / "out", copied / "elsewhere")
@@ -450,8 +443,6 @@ def test_missing_wrong_or_broken_downloads_are_named(tmp_path, no_network, monke
     with tarfile.open(archive, "w:gz") as file:
         file.addfile(tarfile.TarInfo("../../escaped"))
     fails_clearly(script(line, tmp_path), archive.name, "outside")
-    monkeypatch.delattr(tarfile, "data_filter")                     # as in Python 3.10.11
-    fails_clearly(script(line, tmp_path), "3.10.12")
     assert not list(tmp_path.rglob("escaped"))
 
 HUBCONF = '''
@@ -596,8 +587,7 @@ def test_training_lowers_the_loss_and_writes_checkpoint_log_and_grids(copied):
     assert not any(key.startswith(("module.", "_orig_mod.")) for key in checkpoint["model"])
     (out / "notes").touch()
     works(script(AGAIN + "--max_steps 4", copied), "earlier_")      # nothing of a run is lost
-    [aside] = out.glob("earlier_*/ckpt.pt")
-    assert load(aside)["step"] == 60 and (out / "notes").exists()
+    assert (out / "notes").exists() and load(*out.glob("earlier_*/ckpt.pt"))["step"] == 60
 
 DISTILL = "--distill out/photos/ckpt.pt "
 
@@ -647,11 +637,9 @@ script.make_model, script.main = make_model, main_and_save"""), "2 x cpu")
 def test_distilled_checkpoints_are_sampled_in_one_unguided_pass(copied):
     works(script("train.py --max_steps 2 --batch_size 4 " + DISTILL, copied), "0 images")
     path = copied / "out/photos-distilled/ckpt.pt"
-    text = works(script(f"sample.py --ckpt {path} --num_images 2", copied), "NFE 1", "'steps': 1")
+    works(script(f"sample.py --ckpt {path} --num_images 2", copied), "NFE 1", "'steps': 1")
     works(script("sample.py --ckpt out/photos --cfg_skip 1", copied), "NFE 7")      # 2 * 4 - 1
-    checkpoint = load(path)
-    assert list(checkpoint["model"]) == list(checkpoint["ema"]) == list(load(
-        copied / "out/photos/ckpt.pt")["model"])
+    assert list(load(path)["model"]) == list(load(copied / "out/photos/ckpt.pt")["model"])
     fails_clearly(script(f"train.py --distill {path}", copied), path, "already")
 
 @pytest.mark.parametrize("flags, way", [
@@ -666,14 +654,11 @@ def test_a_run_of_two_processes_goes_on_with_one_between_two_log_lines(copied):
     works(script(AGAIN + "--resume --max_steps 8", copied))
     assert [row["skipped"] for row in read_log(copied / "out/again")] == [0, 0, 0]
 
-def test_noise_is_the_same_however_the_batch_is_split_and_none_is_drawn_in_vain(monkeypatch):
+def test_noise_is_the_same_however_the_batch_is_split():
     s, config = train.settings_of(dict(batch_size=256)), model.ModelConfig(**TINY)
     whole = train.draw(3, slice(0, 256), s, config, CPU)
-    drawn, randn = [], torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *a, **k: drawn.append(1) or randn(*a, **k))
     for rows in (slice(64, 96), slice(70, 75)):
         assert equal(train.draw(3, rows, s, config, CPU), [full[rows] for full in whole])
-    assert len(drawn) == 2 + 1                                      # blocks of 16 images
 
 def test_batches_go_through_every_image_once_an_epoch_in_an_order_of_their_own():
     seen = np.concatenate([train.batch_indexes(10, 4, step, seed=0) for step in range(5)])
@@ -704,21 +689,16 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run(copied, monke
     bad_steps.clear()
     works(script(AGAIN + "--resume --lr 1e-4", copied))
 
-def test_settings_given_on_resuming_take_effect_or_are_refused(copied, monkeypatch):
-    path, seen, step = copied / "out/photos/ckpt.pt", [], train.train_step
+def test_settings_given_on_resuming_take_effect_or_are_refused(copied):
+    path = copied / "out/photos/ckpt.pt"
     checkpoint = load(path)
     checkpoint["optimizers"][-1]["param_groups"][0]["fused"] = False # as on Apple's devices
     torch.save(checkpoint, path)
-    def watched_step(ddp, ema, optimizers, *more):
-        result = step(ddp, ema, optimizers, *more)
-        seen.append(dict(optimizers[-1].param_groups[0]))
-        return result
-    monkeypatch.setattr(train, "train_step", watched_step)
     line = TRAIN + "--resume --max_steps 14 "
     works(script(line + "--weight_decay 0.5", copied))
-    assert seen[0]["weight_decay"] == 0.5 and seen[0]["fused"]
+    groups = [group for one in load(path)["optimizers"] for group in one["param_groups"]]
+    assert [group["weight_decay"] for group in groups] == [0.5] * 2 and groups[1]["fused"]
     fails_clearly(script(line + "--preset S", copied), "ckpt.pt", "--preset tiny")
-    fails_clearly(script(line + "--out_dir out/none", copied), "out/none", "train.py")
 
 def test_the_resume_command_keeps_every_flag_quotes_paths_and_knows_nodes(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--data_dir", "my data", "--dtype", "float32"])
@@ -738,10 +718,8 @@ def test_full_disk_keeps_the_old_file_and_bugs_get_their_traceback(tmp_path, mon
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(OSError):
         encode.run(lambda: os.remove("nowhere"))                    # a bug
-    with pytest.raises(MemoryError), encode.reading("x", "y"):      # is no damaged file
-        raise MemoryError
 
-def test_devices_and_dtypes_are_those_asked_for(monkeypatch):
+def test_devices_are_those_asked_for(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
     monkeypatch.setattr(torch, "empty", lambda _, device: torch.zeros(0))
@@ -752,15 +730,10 @@ def test_devices_and_dtypes_are_those_asked_for(monkeypatch):
         args = encode.make_parser("").parse_args(["--device", name])
         encode.join(args)
     assert chosen == ["cuda:1", "cuda:3"] and args.workers == 12
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported",            # as on a T4, which emulates it
-                        lambda including_emulation: including_emulation)
-    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: enabled)
-    assert not encode.autocast(torch.device("cuda"), "auto")
-    assert encode.autocast(torch.device("cuda"), "bfloat16")
 
 def test_sample_writes_grids_npz_and_folder_with_classes_in_equal_numbers(copied):
     for flags in ("--out a.npz", "--out folder", "", "--cfg_scale 3", "--cfg_skip 0", "--steps 1",
-                  "--pixel_loop", "--same_noise", "--dtype bfloat16", "--classes one"):
+                  "--pixel_loop", "--same_noise", "--dtype bfloat16", "--classes Two"):
         works(script(f"sample.py --num_images 6 {flags}", copied), "wrote")
     assert len(list((copied / "out/photos").glob("grid*.png"))) == 8        # one each
     images, labels = np.load(copied / "a.npz").values()
@@ -768,17 +741,6 @@ def test_sample_writes_grids_npz_and_folder_with_classes_in_equal_numbers(copied
     assert labels.dtype == np.int64 and labels.tolist() == [0, 1] * 3
     for i, image in enumerate(images):
         assert np.array_equal(Image.open(copied / f"folder/{i:06d}.png"), image)
-    works(script("sample.py --num_images 3 --classes Two --out b.npz", copied))
-    assert np.load(copied / "b.npz")["arr_1"].tolist() == [1, 1, 1]
-
-def test_a_seed_makes_the_same_images_whatever_the_batch_size():
-    def draw(batch_size, seed=0):
-        batches = sample.sample_batches(random_denoiser(), encode.load_codec("small"),
-                                        torch.arange(10) % 3, batch_size, CPU, seed, cfg_scale=2)
-        return np.concatenate(list(batches)).astype(int)
-    ten = draw(10)
-    assert np.abs(ten - draw(3)).max() <= 1                         # matrix products round by size
-    assert np.abs(ten - draw(10, seed=1)).max() > 50 and np.abs(ten[0] - ten[3]).max() > 50
 
 def test_two_processes_make_the_very_images_that_one_makes(copied):
     line = "sample.py --num_images 11 --batch_size 3 --out "        # the last batch is short
@@ -786,6 +748,11 @@ def test_two_processes_make_the_very_images_that_one_makes(copied):
     assert text.count("wrote two.npz") == 1
     works(script(line + "one.npz", copied))
     assert (copied / "one.npz").read_bytes() == (copied / "two.npz").read_bytes()
+    works(script(line + "all.npz --batch_size 99", copied))
+    works(script(line + "other.npz --seed 1", copied))
+    one, whole, other = (np.load(copied / f"{name}.npz")["arr_0"].astype(int)
+                         for name in ("one", "all", "other"))
+    assert np.abs(one - whole).max() <= 1 < np.abs(one - other).max()       # rounds by batch size
 
 def test_benches_print_rates_and_shares(copied):
     text = works(script("sample.py --bench --batch_size 2", copied))
@@ -801,11 +768,10 @@ def test_filmstrips_show_steps_guidance_angles_and_the_way_between_samples(works
     def draw(**options):
         [images] = sample.sample_batches(*nets, torch.tensor([0, 1, 1]), 3, CPU, **options)
         return images.astype(int)
-    last, (noisy, seen) = draw(), draw(view=sample.turn_towards_noise)
-    way, steps = draw(view=sample.walk_to_the_next), draw(return_all=True)
-    for one, other in (last, noisy[0]), (way[0], np.roll(way[-1], 1, 0)), (last, steps[-1]):
-        assert np.abs(one - other).max() <= 1
-    assert np.abs(noisy[3] - last).max() > 1 and np.abs(noisy[3] - seen[3]).max() > 1
+    last, way = draw(), draw(view=sample.walk_to_the_next)
+    noisy, seen = draw(view=sample.turn_towards_noise)
+    for one, other in (last, noisy[0]), (way[0], np.roll(way[-1], 1, 0)):
+        assert np.abs(one - other).max() <= 1 < np.abs(noisy[3] - seen[3]).max()
     for kind, size in dict(steps=(4, 2), guidance=(6, 2), angle=(7, 4), slerp=(6, 2)).items():
         works(script(f"sample.py --filmstrip {kind} --out strip.png", workspace))
         assert Image.open(workspace / "strip.png").size == (size[0] * 68 + 4, size[1] * 80 + 4)
@@ -904,8 +870,6 @@ def test_all_metrics_of_a_folder_and_of_its_saved_statistics(weights, tmp_path, 
     third = measured(line + "stats.npz", tmp_path)
     assert third["fid"] == pytest.approx(first["fid"])
     assert set(third["left_out"]) == {"sfid", "precision", "recall"}
-    np.savez_compressed(tmp_path / "s.npz", arr_0=images[:5])
-    assert measured(line + "ref --metrics is", tmp_path)["is"] == first["is"]
 
 def test_class_agreement_tells_images_of_the_class_asked_for_from_others(tmp_path, monkeypatch):
     images, labels = encode.shapes(120, seed=5)
@@ -928,10 +892,10 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("encode.py --reconstruct nowhere", "nowhere no image"),
     ("sample.py --steps 0", "--steps 0"), ("sample.py --classes unicorn", "unicorn one, two"),
     ("sample.py --device cuda:99", "cuda:99 auto cpu"), ("sample.py --out x.jpg", "x.jpg .png"),
-    ("sample.py --filmstrip --out x.npz", "x.npz .png"),
+    ("sample.py --filmstrip --out x.npz", "x.npz .png"), ("train.py --resume --out_dir x", "x/"),
     ("sample.py --num_images 1 --out data/photos/one", "data/photos/one earlier"),
-    ("sample.py --ckpt nowhere.pt", "nowhere.pt train.py"),
-    ("sample.py --ckpt text", "text train.py"), ("sample.py --ckpt cut.pt", "cut.pt train.py"),
+    ("sample.py --ckpt none.pt", "none.pt train.py"), ("sample.py --ckpt text", "text train.py"),
+    ("sample.py --ckpt cut.pt", "cut.pt train.py"),
     ("sample.py --ckpt other.pt", "other.pt train.py"), ("sample.py --ckpt old.pt", "old.pt 3"),
     ("fid.py good.npz", "--ref"), ("fid.py none.npz --ref good.npz", "none.npz No such file"),
     ("fid.py float.npz --ref good.npz", "float.npz uint8"),
