@@ -158,15 +158,16 @@ def orthogonalize(matrix):
     """Bring the singular values of a matrix near 1, by five Newton-Schulz iterations."""
     if len(matrix) > len(matrix.T):
         return orthogonalize(matrix.T).T
-    x = matrix / matrix.norm().clamp_min(1e-7)
+    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    x = x / x.norm().clamp_min(1e-7)
     for _ in range(5):
         square = x @ x.T
         x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalized momentum: https://kellerjordan.github.io/posts/muon. torch.optim.Muon always
-    iterates in bf16, which most CPUs do twenty times slower than float32."""
+    """Orthogonalized momentum: https://kellerjordan.github.io/posts/muon. torch.optim.Muon takes
+    bf16 also on CPUs, where that can be twenty times slower."""
 
     @torch.no_grad()
     def step(self):
@@ -175,7 +176,7 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
             momentum.lerp_(weight.grad, 0.05)
             update = orthogonalize(weight.grad.lerp(momentum, 0.95))
-            update *= 0.4 * math.sqrt(max(weight.shape))            # rms 0.4, as AdamW's often is
+            update *= 0.4 * math.sqrt(max(weight.shape))            # rms 0.4, so AdamW's lr fits
             weight.sub_(update + settings["weight_decay"] * weight, alpha=settings["lr"])
 
 def make_model(config, settings, device, nccl, compile_when, weights=None):
@@ -195,9 +196,8 @@ def make_model(config, settings, device, nccl, compile_when, weights=None):
     if settings.distill:                        # fake must keep up with the generator
         groups.append(dict(params=model.fake.parameters(), faster=2))
     optimizers.append(torch.optim.AdamW(groups, betas=betas, fused=device.type != "mps"))
-    auto = device.type == "cuda" and os.name != "nt"            # Windows has no Triton
-    if compile_when == "on" or (compile_when == "auto" and auto):
-        model.compile()                         # in place: the state dict keeps its names
+    if compile_when == "on" or compile_when == "auto" and device.type == "cuda" and os.name != "nt":
+        model.compile()         # in place: the state dict keeps its names; Windows has no Triton
     ddp = DDP(model, process_group=nccl) if dist.is_initialized() else model
     return model, ddp, ema, optimizers
 
