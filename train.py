@@ -87,8 +87,8 @@ DATASET_SETTINGS = {
                      save_every=5000),                                          # 400 epochs
 }
 DISTILL_SETTINGS = dict(        # instead of those of the checkpoint that it starts from
-    optimizer="adamw", lr=3e-4, weight_decay=0, warmup=1, ema_decay=0.99, label_dropout=0, steps=1,
-    cfg_scale=1, batch_size=64, max_steps=300, log_every=10, save_every=100, sample_every=50)
+    optimizer="adamw", lr=1.5e-4, weight_decay=0, warmup=1, ema_decay=0.99, label_dropout=0,
+    steps=1, cfg_scale=1, batch_size=64, max_steps=600, save_every=100, sample_every=100)
 FIXED = ("preset", "codec", "sphere", "max_angle")              # by the checkpoint started from
 RESUMED = (*FIXED, "distill", "flip", "seed", "batch_size", "optimizer")
 BINS = 6                        # the loss is also logged for sixths of the noise angles
