@@ -148,8 +148,7 @@ class Block(nn.Module):
 class Denoiser(nn.Module):
     """A SiT-style transformer from a noisy latent and its class to the clean latent.
 
-    It is not told the noise angle: the released XL/1 state dict (401 tensors, 675,160,896 numbers)
-    has no room for such an embedding.
+    It is not told the noise angle: the released XL/1 weights (401 tensors) have no room for it.
     """
 
     def __init__(self, config):
@@ -260,8 +259,8 @@ def distribution_matching(model, noise, labels, new_noise, angle, share, cfg_sca
     g = (F(v, y) - R(v, y)) / mean|x - R(v, y)|;   L = |x - sg(x - g)|^2 / 2 + |F(v, y) - sg(x)|^2
 
     model: a Distillation, or DDP around one. cfg_scale: the guidance of real. share is not used.
-    Returns total, denoising (fake's loss) and matching, each (B,) float32.
-    Source: arXiv 2311.18828, 2405.14867, there without the sphere.
+    Returns total, denoising (fake's loss) and matching, each (B,) float32. Source: arXiv
+    2311.18828 and 2405.14867, there without the sphere.
     """
     x, fake, real = model(noise, labels, new_noise, angle, cfg_scale)
     gradient = (fake - real) / (x - real).abs().mean((1, 2), keepdim=True)
@@ -289,9 +288,8 @@ def generate(model, labels, steps=4, cfg_scale=1.0, cfg_skip=0, same_noise=False
     labels: (B,) int64. steps: at least 1. cfg_scale: guidance; any but 1 doubles a step's cost.
     cfg_skip: how many first steps go without, for it overshoots there; never the last two.
     noise: (steps, B, T, C), or None to draw it with `generator`. same_noise: use the first one at
-    every step. between: a function applied to the prediction between steps.
-    Returns (B, T, C) float32, or with return_all (steps, B, T, C), the prediction of every step.
-    Source: paper, few-step sampling.
+    every step. between: a function applied to the prediction between steps. Source: paper,
+    few-step sampling. Returns (B, T, C) float32; with return_all that of each step, stacked.
     """
     config, device = model.config, labels.device
     limit = math.tan(math.radians(config.max_angle))
@@ -304,8 +302,10 @@ def generate(model, labels, steps=4, cfg_scale=1.0, cfg_skip=0, same_noise=False
         if step == 0:
             v = to_sphere(noise[0]) if config.sphere else limit * noise[0]
         else:
-            angle = math.atan((1 - step / steps) ** 1.5 * limit)
-            v = rotate(x, noise[0 if same_noise else step], angle, config.sphere)
+            tangent = (1 - step / steps) ** 1.5 * limit
+            v = rotate(x, noise[0 if same_noise else step], math.atan(tangent), config.sphere)
+            if same_noise and config.sphere:    # x is much like its noise: keep the common part
+                v = to_sphere(to_sphere(x) + tangent * to_sphere(noise[0]))
         x = guided(model, v, labels, 1 if step < min(cfg_skip, steps - 2) else cfg_scale)
         outputs.append(x)
         if between is not None and step < steps - 1:
