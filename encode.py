@@ -11,13 +11,11 @@ import json
 import os
 import shutil
 import sys
-import tarfile
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import scipy.io
@@ -61,10 +59,9 @@ def reading(what, remedy):
 
 def write_file(path, write):
     """Call write(file) on a temporary file, then rename it: `path` never holds half a file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
@@ -74,8 +71,7 @@ def write_file(path, write):
             raise
         raise UserError(f"{path}: {cause.strerror}; fix that and run the command again") from error
     finally:
-        if os.path.exists(temporary):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 def join(args):
     """Join the other processes, if torchrun started several: (rank, world size, device)."""
@@ -122,11 +118,10 @@ def within(kind, low, high=float("inf")):           # makes an argparse type
 
 def make_parser(doc):
     parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     add = parser.add_argument_group("place and machine").add_argument
     add("--data_dir", default="data", help="folder of datasets and latents; default: data")
     add("--weights_dir", default=torch.hub.get_dir(), help="folder of weights; default: torch.hub")
-    add("--workers", type=within(int, 1), default=max(1, min(16, cores)), help="reading threads")
+    add("--workers", type=within(int, 1), default=min(16, os.cpu_count() or 1), help="threads")
     add("--device", default="auto", help="auto (the default), cuda, cuda:N, mps or cpu")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: by device")
     return parser
@@ -171,7 +166,8 @@ def center_crop(image, size):       # ADM's: halve while twice too large, scale,
     return image.crop((left, top, left + size, top + size))
 
 def load_image(path):               # as a PIL image in RGB, upright, transparency on white
-    with reading(f"{path}: cannot be read", "fix it, or pass --skip_bad"), Image.open(path) as file:
+    remedy = "fix or delete it (encode.py and train.py can --skip_bad)"
+    with reading(f"{path}: cannot be read", remedy), Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):                          # convert() would clip 16-bit grey
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
@@ -225,17 +221,19 @@ def obtain(folder, url, md5):       # download an archive, and unpack the folder
     archive = folder.with_name(url.split("/")[-1].split("?")[0])
     temporary = folder.with_name(f".{folder.name}.tmp")
     download(url, archive, md5)
-    if not hasattr(tarfile, "data_filter"):
-        raise UserError(f"{archive}: unpacking it safely needs Python 3.10.12 or newer")
     safely = {} if archive.suffix == ".zip" else {"filter": "data"}             # zip has none
     with reading(f"{archive}: cannot be unpacked", "delete it and run the command again"):
         shutil.unpack_archive(archive, temporary, **safely)
         next(temporary.rglob(folder.name)).rename(folder)
     shutil.rmtree(temporary)
 
-def list_images(folder):            # and of its sub-folders
+def list_images(folder, suffixes=SUFFIXES):     # and of its sub-folders
     return sorted(os.path.join(place, file) for place, _, files in os.walk(folder)
-                  for file in files if file.lower().endswith(SUFFIXES) and file[0] != ".")
+                  for file in files if file.lower().endswith(suffixes) and file[0] != ".")
+
+def find_images(*places):           # files, or folders of them -> a Dataset without labels
+    paths = [path for place in places for path in list_images(place) or [str(place)]]
+    return Dataset("", [], np.full(len(paths), -1), paths)      # what isn't there fails in load
 
 def list_flowers(folder):           # Oxford's jpg -> classes, labels, paths
     file, paths = folder.with_name("imagelabels.mat"), list_images(folder)
@@ -248,13 +246,20 @@ def list_flowers(folder):           # Oxford's jpg -> classes, labels, paths
     names = (ASSETS / "flowers.txt").read_text().splitlines()
     return [names[i - 1] for i in numbers], labels, paths
 
-def list_classes(folder):           # with a sub-folder for each class -> classes, labels, paths
+def list_classes(folder):           # a class of each sub-folder, or one of all -> the same three
     files = {sub.name: list_images(sub) for sub in sorted(folder.glob("[!._]*")) if sub.is_dir()}
     files = {name: paths for name, paths in files.items()
              if paths or name.rpartition("-")[0] not in CODECS}                 # those are latents
+    loose = [str(file) for file in sorted(folder.glob("[!.]*")) if file.suffix.lower() in SUFFIXES]
+    if loose and any(files.values()):
+        raise UserError(f"{loose[0]}: lies beside {', '.join(files)}; move it into one of them")
+    files = {folder.name: loose} if loose else files
     empty = [folder / name for name in files if not files[name]]
     if empty or not files:
-        raise UserError(f"{[*empty, folder][0]}: holds no images {SUFFIXES}; one folder per class")
+        raise UserError(f"{[*empty, folder][0]}: holds no images ({', '.join(SUFFIXES)})")
+    others = list_images(folder, (".heic", ".avif", ".tif", ".tiff", ".bmp", ".gif"))
+    if others:
+        print(f"{others[0]}, {len(others)} such files in all: left out; convert them to PNG")
     labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
     return list(files), labels, sum(files.values(), [])
 
@@ -277,8 +282,7 @@ def find_dataset(dataset, data_dir="data"):
     if not folder.is_dir() and dataset in NAMED and NAMED[dataset][1]:
         obtain(folder, *NAMED[dataset][1:])
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such dataset; choose shapes, flowers, afhq or a folder, or "
-                        f"link yours: mkdir -p {folder.parent} && ln -s /path/to/it {folder}")
+        raise UserError(f"{folder}: no such folder; put the images there, or see the README, Data")
     classes, labels, paths = (list_flowers if dataset == "flowers" else list_classes)(folder)
     listing = [f"{os.path.relpath(path, folder)} {os.lstat(path).st_size} {label}"
                for path, label in zip(paths, labels)]
@@ -337,8 +341,8 @@ class ViTDecoder(nn.Module):
         x = x.unflatten(2, (self.patch, self.patch, 3)).unflatten(1, (self.grid, self.grid))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)             # (B, 3, S, S)
 
-@patch.dict(os.environ, XFORMERS_DISABLED="1", TORCH_FORCE_WEIGHTS_ONLY_LOAD="1")     # for its code
 def load_dinov2(entry):             # from torch.hub's folder, or downloaded to it
+    os.environ |= dict(XFORMERS_DISABLED="1", TORCH_FORCE_WEIGHTS_ONLY_LOAD="1")    # for its code
     hub, file = Path(torch.hub.get_dir()), f"{entry}4_pretrain.pth"
     code = next(hub.glob("facebookresearch_dinov2_*/"), hub / f"facebookresearch_dinov2_{COMMIT}")
     with reading(f"{code} or {hub}/checkpoints/{file}: missing or damaged", "delete it and try "
@@ -466,17 +470,18 @@ def fit_codec(images, name="small", steps=1500, batch_size=128, seed=0, device="
     optimizer = torch.optim.AdamW(codec.parameters(), betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps,
                                                    pct_start=min(0.3, 300 / steps))
-    for _ in tqdm(range(steps), desc="fitting the small codec", unit="step", mininterval=1):
-        x = to_float(images[torch.randint(len(images), (batch_size,))], device)
-        z = codec.encode(x)
-        u, noise = torch.rand(2, batch_size), torch.randn(z.shape).to(device)
-        z = rotate(z, noise, (0.5 * u[0] * (u[1] < 0.75)).to(device))   # for errors of the denoiser
-        loss = (codec.decode(z, clamp=False) - x).pow(2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+    with contextlib.suppress(KeyboardInterrupt):                # Ctrl-C: what there is must do
+        for _ in tqdm(range(steps), desc="fitting the small codec", unit="step", mininterval=1):
+            x = to_float(images[torch.randint(len(images), (batch_size,))], device)
+            z = codec.encode(x)
+            u, noise = torch.rand(2, batch_size), torch.randn(z.shape).to(device)
+            angle = 0.5 * u[0] * (u[1] < 0.75)                  # for errors of the denoiser
+            y = codec.decode(rotate(z, noise, angle.to(device)), clamp=False)
+            optimizer.zero_grad()
+            (y - x).pow(2).mean().backward()
+            nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
     return load_codec(name, codec.half().state_dict(), device)  # rounded, for smaller files
 
 def codec_path(name, dataset, data_dir="data"):     # the newest fitted, else that shipped, or None
@@ -484,23 +489,24 @@ def codec_path(name, dataset, data_dir="data"):     # the newest fitted, else th
     shipped = ASSETS / "small_shapes.pt" if (name, dataset) == ("small", "shapes") else None
     return max(fitted, key=os.path.getmtime, default=shipped)
 
-def prepare_codec(name, args, device, fit_steps=0):
-    """The codec of --dataset, downloaded or fitted first if need be; fit_steps: fit another."""
+def prepare_codec(name, args, device, fit=False):
+    """The codec of --dataset, downloaded or fitted first if need be; fit: fit another."""
     def prepare():
         path = codec_path(name, args.dataset, args.data_dir)
         place, folder = dataset_place(args.dataset, args.data_dir)
         if place != "shapes" and not folder.is_dir() and not Path(args.data_dir, place).is_dir():
             find_dataset(args.dataset, args.data_dir)           # before gigabytes of weights
-        if name in SMALL_CODECS and (fit_steps or not path):
+        if name in SMALL_CODECS and (fit or not path):
             dataset = find_dataset(args.dataset, args.data_dir)
             rows = np.random.default_rng(0).permutation(len(dataset))[:60_000]  # all may not fit
             images = next(dataset.batches([rows], SMALL_CODECS[name], args.workers, args.skip_bad))
             with reading(f"{folder}: no readable images", "replace them"):
                 images = np.stack([image for image in images if image is not None])
-            codec = fit_codec(images, name, fit_steps or 1500, device=device)
+            print(f"{place}: fitting a codec to {len(images):,} images, once; it takes minutes on "
+                  "a CPU (see --fit_steps); Ctrl-C goes on with what there is", flush=True)
+            codec = fit_codec(images, name, args.fit_steps, device=device)
             path = Path(args.data_dir, place, f"{name}-{fingerprint(codec)[:8]}.pt")
             write_file(path, lambda file: torch.save(codec.half().state_dict(), file))
-            print(f"{path}: a small codec, fitted on {len(images):,} images")
         return path
     return load_codec_in_turn(name, from_first(prepare), device)
 
@@ -522,9 +528,6 @@ class Cache:
 
     def chunks(self):
         return range(-(-len(self.labels) // CHUNK))
-
-    def missing(self):
-        return [k for k in self.chunks() if not self.path(k).exists()]
 
     def chunk(self, k):             # (n, T, C) float16, a memory map
         with reading(f"{self.path(k)}: damaged", "delete it and run encode.py again"):
@@ -548,20 +551,19 @@ def write_index(cache):             # once all chunks exist
     write_file(cache.folder / "index.json", lambda file: file.write(json.dumps(index).encode()))
 
 def write_chunks(cache, dataset, codec, device, args):      # those of this process that are missing
-    todo = [k for k in cache.missing() if k % WORLD == RANK]
+    todo = [k for k in cache.chunks()[RANK::WORLD] if not cache.path(k).exists()]
     rows = [range(len(cache.labels))[k * CHUNK:(k + 1) * CHUNK] for k in todo]
     loaded = dataset.batches(rows, codec.image_size, args.workers, args.skip_bad)
-    with tqdm(desc="encoding", total=sum(map(len, rows)), unit="image", disable=RANK > 0) as bar:
-        for k, images in zip(todo, loaded):
-            latents = np.full((len(images), *cache.shape), np.nan, np.float16)
-            good = [i for i, image in enumerate(images) if image is not None]
-            for start in range(0, len(good), 64):
-                part = good[start:start + 64]
-                x = to_float(np.stack([images[i] for i in part]), device)
-                with autocast(device, args.dtype):
-                    latents[part] = codec.encode(x).half().cpu().numpy()
-                bar.update(len(part))
-            write_file(cache.path(k), lambda file: np.save(file, latents))
+    bar = tqdm(todo, desc="encoding", unit="image", unit_scale=CHUNK, disable=RANK > 0)
+    for k, images in zip(bar, loaded):
+        latents = np.full((len(images), *cache.shape), np.nan, np.float16)
+        good = [i for i, image in enumerate(images) if image is not None]
+        for start in range(0, len(good), 64):
+            part = good[start:start + 64]
+            x = to_float(np.stack([images[i] for i in part]), device)
+            with autocast(device, args.dtype):
+                latents[part] = codec.encode(x).half().cpu().numpy()
+        write_file(cache.path(k), lambda file: np.save(file, latents))
 
 def open_cache(name, codec, flip, device, args, key=""):
     """The Cache of --dataset, its missing chunks encoded first; key: of a resumed run."""
@@ -569,7 +571,8 @@ def open_cache(name, codec, flip, device, args, key=""):
         place, folder = dataset_place(args.dataset, args.data_dir)
         parent, identity = Path(args.data_dir) / place, fingerprint(codec)
         caches = [cache for cache in map(read_index, parent.glob(f"{name}-*{key}/index.json"))
-                  if cache.made_from[::2] == [identity, flip] and not cache.missing()]
+                  if cache.made_from[::2] == [identity, flip]
+                  and all(cache.path(k).exists() for k in cache.chunks())]
         if caches and (key or args.dataset in NAMED or not list_images(folder)):
             return max(caches, key=lambda cache: os.path.getmtime(cache.folder)), None
         dataset = find_dataset(args.dataset, args.data_dir)
@@ -587,28 +590,26 @@ def open_cache(name, codec, flip, device, args, key=""):
 
 # ------------------------------------------------------------------------------------- the script
 
-def reconstruct(codec, device, args):
-    """Write images above their reconstructions to --out, 16 at most; print the PSNR of all."""
-    if args.reconstruct:
-        file = Path(args.reconstruct)
-        paths = [str(file)] if file.is_file() else list_images(file)
-        dataset, rows = Dataset("", [], np.zeros(len(paths)), paths), np.arange(len(paths))
-    else:
-        dataset = find_dataset(args.dataset, args.data_dir)
-        rows = np.random.default_rng(0).permutation(len(dataset))[:16]
-    psnr, pairs = [], []
-    for [image] in dataset.batches(rows[:, None], codec.image_size, args.workers, args.skip_bad):
-        if image is not None:
-            x = to_float(image[None], device)
-            with autocast(device, args.dtype):
-                y = codec.decode(codec.encode(x)).float()
-            psnr.append(-10 * (y - x).pow(2).mean().clamp_min(1e-10).log10().item())
-            pairs.append(np.concatenate([image, to_uint8(y)[0]]))               # (2 S, S, 3)
-    if not pairs:
-        raise UserError(f"{args.reconstruct or args.dataset}: no readable image")
-    picture = Image.fromarray(np.concatenate(pairs[:16], axis=1))
+def reconstruct(name, codec, device, args):
+    """Write 16 images, or fewer, above their reconstructions to --out; print the mean PSNR."""
+    path = args.reconstruct
+    dataset = find_images(path) if path else find_dataset(args.dataset, args.data_dir)
+    rows = np.random.default_rng(0).permutation(len(dataset))[:16]
+    [images] = dataset.batches([rows], codec.image_size, args.workers, args.skip_bad)
+    with reading(f"{path or args.dataset}: no readable images", "replace them"):
+        images = np.stack([image for image in images if image is not None])
+    x = to_float(images, device)
+    with autocast(device, args.dtype):
+        y = codec.decode(codec.encode(x)).float()
+    psnr = -10 * (y - x).pow(2).mean((1, 2, 3)).clamp_min(1e-10).log10().mean().item()
+    picture = Image.fromarray(np.vstack([np.hstack(images), np.hstack(to_uint8(y))]))
+    picture = ImageOps.scale(picture, max(1, 96 // codec.image_size), Image.Resampling.NEAREST)
+    picture = ImageOps.expand(picture, (0, 14), "white")
+    ImageDraw.Draw(picture).text((2, 1), "originals", "black")
+    ImageDraw.Draw(picture).text((2, picture.height - 13), "reconstructions", "black")
     write_file(args.out, lambda file: picture.save(file, format="PNG"))
-    print(f"{args.out}: originals on top; PSNR {np.mean(psnr):.2f} dB, mean of {len(psnr)}")
+    print(f"{args.out}: by codec {name} ({args.dataset}, {codec.image_size} pixels); PSNR "
+          f"{psnr:.2f} dB, mean of {len(images)}")
 
 def main():
     parser = make_parser(__doc__)
@@ -619,17 +620,16 @@ def main():
     add("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
     add("--fit", action="store_true", help="fit a small codec to the dataset")
     add("--fit_steps", type=within(int, 1), default=1500, help="steps of 128 images; default: 1500")
-    add("--reconstruct", metavar="PATH", nargs="?", const="", help="write an image, a folder's "
-        "images, or without PATH some of the dataset's, above their reconstructions")
+    add("--reconstruct", metavar="PATH", nargs="?", const="", help="show what the codec keeps")
     add("--out", default="out/reconstruction.png", help="the picture that this writes")
     args = parser.parse_args()
     _, _, device = join(args)
     name = args.codec or ("small" if args.fit else default_codec(args.dataset))
     if args.fit and name in RAES:
         raise UserError(f"--fit: {name} comes with its weights; use --codec small or small64")
-    codec = prepare_codec(name, args, device, args.fit_steps if args.fit else 0)
+    codec = prepare_codec(name, args, device, args.fit)
     if args.fit or args.reconstruct is not None:
-        from_first(lambda: reconstruct(codec, device, args))
+        from_first(lambda: reconstruct(name, codec, device, args))
     else:
         cache = open_cache(name, codec, args.flip, device, args)
         if RANK == 0:

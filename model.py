@@ -17,7 +17,7 @@ before (`generate`); the image is decoded once, at the end:
 
 Source: "Efficient Image Synthesis with Sphere Latent Encoder", arXiv 2605.15592; the geometry is
 that of Sphere Encoder, arXiv 2602.15030. Shapes: B batch, T tokens, C latent channels, D width,
-H heads. `python model.py` lists the presets and their sizes.
+H heads.
 """
 import copy
 import math
@@ -280,7 +280,7 @@ def guided(model, v, labels, cfg_scale):
 
 @torch.no_grad()
 def generate(model, labels, steps=4, cfg_scale=1.0, cfg_skip=0, same_noise=False, noise=None,
-             generator=None, between=None, return_all=False):
+             generator=None, between=None, return_all=False, init=None, init_angle=90.0):
     """Draw latents in a few steps: predict, turn back part of the way towards noise, predict again.
 
     Step k of n starts at the angle tan(a) = (1 - k/n)^1.5 tan(max_angle), the first at pure noise.
@@ -288,33 +288,33 @@ def generate(model, labels, steps=4, cfg_scale=1.0, cfg_skip=0, same_noise=False
     labels: (B,) int64. steps: at least 1. cfg_scale: guidance; any but 1 doubles a step's cost.
     cfg_skip: how many first steps go without, for it overshoots there; never the last two.
     noise: (steps, B, T, C), or None to draw it with `generator`. same_noise: use the first one at
-    every step. between: a function applied to the prediction between steps. Source: paper,
-    few-step sampling. Returns (B, T, C) float32; with return_all that of each step, stacked.
+    every step. between: a function applied to the prediction between steps. init: (B, T, C) latents
+    to edit: turned by init_angle (0 to 90 degrees) towards noise, they replace the steps from more
+    noise than that. Returns (B, T, C) float32; with return_all that of each step taken, stacked.
+    Source: paper, few-step sampling; init as in SDEdit, arXiv 2108.01073.
     """
     config, device = model.config, labels.device
-    limit = math.tan(math.radians(config.max_angle))
     if noise is None:
         shape = (steps, len(labels), config.tokens, config.channels)
         noise = torch.randn(shape, generator=generator, device=getattr(generator, "device", device))
         noise = noise.to(device)
-    outputs = []
-    for step in range(steps):
-        if step == 0:
-            v = to_sphere(noise[0]) if config.sphere else limit * noise[0]
+    limit, first = math.tan(math.radians(config.max_angle)), 0
+    tangents = [(1 - step / steps) ** 1.5 * limit for step in range(steps)]
+    if init is not None:
+        start = math.tan(math.radians(init_angle))
+        first = sum(tangent >= start for tangent in tangents[1:])
+        tangents[first] = start if config.sphere else min(start, limit)
+    x, outputs = init, []
+    for step in range(first, steps):
+        e, tangent = noise[0 if same_noise else step], tangents[step]
+        if x is None:
+            v = to_sphere(e) if config.sphere else limit * e
+        elif same_noise and config.sphere:      # x is much like its noise: keep the common part
+            v = to_sphere(to_sphere(x) + tangent * to_sphere(e))
         else:
-            tangent = (1 - step / steps) ** 1.5 * limit
-            v = rotate(x, noise[0 if same_noise else step], math.atan(tangent), config.sphere)
-            if same_noise and config.sphere:    # x is much like its noise: keep the common part
-                v = to_sphere(to_sphere(x) + tangent * to_sphere(noise[0]))
+            v = rotate(x, e, math.atan(tangent), config.sphere)
         x = guided(model, v, labels, 1 if step < min(cfg_skip, steps - 2) else cfg_scale)
         outputs.append(x)
         if between is not None and step < steps - 1:
             x = between(x)
     return torch.stack(outputs) if return_all else x
-
-if __name__ == "__main__":
-    for name, preset in PRESETS.items():
-        with torch.device("meta"):
-            model = Denoiser(ModelConfig(**preset))
-        numbers = sum(tensor.numel() for tensor in model.state_dict().values())
-        print(f"{name:5}{numbers:13,} numbers, {flops(model.config) / 1e9:6.1f} GFLOP an image")

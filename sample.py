@@ -3,8 +3,9 @@
     python sample.py --steps 4                                   # the newest run's, as a grid
     python sample.py --classes star ring --cfg_scale 2 --seed 7 --out stars.png
     torchrun --nproc_per_node=8 sample.py --num_images 50000 --out samples.npz    # or samples/
-    python sample.py --filmstrip angle                           # or steps, guidance, slerp
+    python sample.py --init photo.png --init_angle 60 --classes rose             # edit an image
 """
+import contextlib
 import functools
 import math
 import re
@@ -17,21 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from encode import (UserError, autocast, fingerprint, from_first, join, load_codec_in_turn,
-                    make_parser, reading, run, to_uint8, within, write_file)
-from model import Denoiser, ModelConfig, flops, generate, rotate, to_sphere
+from encode import (UserError, autocast, find_images, fingerprint, from_first, join,
+                    load_codec_in_turn, make_parser, reading, run, to_float, to_uint8, within,
+                    write_file)
+from model import Denoiser, ModelConfig, generate, rotate, to_sphere
 
 CHECKPOINT_FORMAT = 4
 SAMPLING = ("steps", "cfg_scale", "cfg_skip", "same_noise")     # settings that train.py stores
-FILMSTRIPS = {                  # what --filmstrip shows, and what its columns stand for
-    "steps": None,                                              # the image after 1, 2, ... steps
-    "guidance": [1, 1.5, 2, 3, 4, 6],                           # scale, from the same noise
-    "angle": [0, 15, 30, 45, 60, 75, 90],                       # degrees towards noise
-    "slerp": [0, 0.2, 0.4, 0.6, 0.8, 1]}                        # of the way to the next row's
 
 # ------------------------------------------------------------------------- checkpoint to images
 
@@ -63,20 +58,23 @@ def draw_noise(seed, indexes, shape):
     return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
 def sample_batches(model, codec, labels, batch_size, device, seed=0, dtype="auto", view=generate,
-                   rank=0, world=1, **options):
+                   rank=0, world=1, init=None, **options):
     """Generate and decode images for labels (N,): yields (B, S, S, 3) uint8 in order.
 
     view: called like `generate`, with its options; latents (..., B, T, C) give (..., B, S, S, 3).
+    init: (N, S, S, 3) uint8 images to edit.
     """
     count = 1 if options.get("same_noise") else options.get("steps", 4)
     shape = (count, *codec.latent_shape)                        # of an image's noise
     for start in range(0, len(labels), batch_size * world):
-        rows = range(len(labels))[start + rank * batch_size:][:batch_size]
+        rows = list(range(len(labels))[start + rank * batch_size:][:batch_size])
         images = None
         if rows:
             noise = draw_noise(seed, rows, shape).transpose(0, 1).to(device)    # (count, B, T, C)
             with torch.no_grad(), autocast(device, dtype):
-                z = view(model, labels[list(rows)].to(device), noise=noise, **options)
+                if init is not None:
+                    options["init"] = codec.encode(to_float(init[rows], device))
+                z = view(model, labels[rows].to(device), noise=noise, **options)
                 images = to_uint8(codec.decode(z.flatten(0, -3)))
             images = images.reshape(*z.shape[:-2], *images.shape[1:])
         gathered = [images]                                     # the first process yields them all
@@ -85,49 +83,45 @@ def sample_batches(model, codec, labels, batch_size, device, seed=0, dtype="auto
             torch.distributed.gather_object(images, gathered)
         yield from (images for images in gathered or [] if images is not None)
 
-def raise_guidance(model, labels, **options):
-    """Latents by each guidance scale: (scales, B, T, C)."""
-    return torch.stack([generate(model, labels, **options | dict(cfg_scale=scale))
-                        for scale in FILMSTRIPS["guidance"]])
+def vary(model, labels, option, values, **options):
+    """Latents by each value of an option of `generate`, from the same noise: (values, B, T, C)."""
+    return torch.stack([generate(model, labels, **options | {option: value}) for value in values])
 
-def turn_towards_noise(model, labels, noise, **options):
-    """Latents turned by each angle, and what the denoiser makes of them: (2, angles, B, T, C)."""
+def turn_towards_noise(model, labels, noise, values, **options):
+    """Latents turned by degrees, and what the denoiser makes of them: (2, values, B, T, C)."""
     z = generate(model, labels, noise=noise, **options)
-    length = z.pow(2).mean((1, 2), keepdim=True).sqrt()         # predictions leave the sphere
-    noisy = [rotate(z, noise[0], math.radians(angle)) for angle in FILMSTRIPS["angle"]]
+    noisy = [rotate(z, noise[0], math.radians(angle)) for angle in values]
     seen = [model(v, labels).float() for v in noisy]
-    return torch.stack([torch.stack(noisy) * length, torch.stack(seen)])
+    return torch.stack([torch.stack(noisy), torch.stack(seen)])
 
-def walk_to_the_next(model, labels, **options):
-    """Latents along the great circle from each one to the next: (places, B, T, C)."""
-    z = generate(model, labels, **options)
+def walk_to_the_next(model, labels, values, init=None, **options):
+    """Latents along the great circle from each one to the next: (values, B, T, C)."""
+    z = generate(model, labels, **options) if init is None else init
     other = z.roll(-1, 0)
-    cosine = (to_sphere(z) * to_sphere(other)).mean((1, 2), keepdim=True)       # (B, 1, 1)
-    angle = torch.acos(0.9999 * cosine)                         # never 0: its sine is a divisor
-    return torch.stack([((1 - share) * angle).sin() * z + (share * angle).sin() * other
-                        for share in FILMSTRIPS["slerp"]]) / angle.sin()
+    angle = torch.acos((to_sphere(z) * to_sphere(other)).mean((1, 2)).clamp(-1, 1))     # (B,)
+    return torch.stack([rotate(z, other, share * angle) for share in values])
+
+FILMSTRIPS = {      # how to draw the latents, what the columns stand for, captions of the rows
+    "steps": (functools.partial(generate, return_all=True), [], ["step {} {}"]),
+    "guidance": (functools.partial(vary, option="cfg_scale"), [1, 1.5, 2, 3, 4, 6], ["x{} {}"]),
+    "angle": (turn_towards_noise, range(0, 91, 15), ["{}° noisy {}", "{}° denoised {}"]),
+    "slerp": (walk_to_the_next, [0, 0.2, 0.4, 0.6, 0.8, 1], ["{:.0%} {} to {}"]),
+    "edit": (functools.partial(vary, option="init_angle"), [], ["{} {}"])}      # --init_angle
 
 # -------------------------------------------------------------------------------------- pictures
 
 def make_grid(images, captions, columns):
     """Lay images (N, S, S, 3) uint8 out in rows, small ones enlarged, each over its caption."""
-    tile = images.shape[1] * max(1, 64 // images.shape[1])
+    tile = images.shape[1] * math.ceil(96 / images.shape[1])
     width, height, rows = tile + 4, tile + 16, math.ceil(len(images) / columns)
     grid = Image.new("RGB", (columns * width + 4, rows * height + 4), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(10)
     for i, (image, caption) in enumerate(zip(images, captions)):
         x, y = 4 + i % columns * width, 4 + i // columns * height
         image = Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST)
         grid.paste(image, (x, y))
-        draw.text((x + tile / 2, y + tile + 1), caption[:tile // 6], "black", font, anchor="ma")
+        draw.text((x + tile / 2, y + tile + 1), caption[:tile // 5], "black", font, anchor="ma")
     return grid
-
-def make_filmstrip(strips, names, columns):
-    """A grid of images (..., columns, N, S, S, 3): for each of N names its row or rows."""
-    images = np.moveaxis(strips, -4, 0).reshape(-1, *strips.shape[-3:])
-    rows = np.repeat(names, len(images) // len(names) // len(columns))
-    captions = [f"{column:g} {name}" for name in rows for column in columns]
-    return make_grid(images, captions, len(columns))
 
 def write_png(path, image):
     write_file(path, lambda file: image.save(file, format="PNG"))
@@ -154,39 +148,30 @@ def seconds(work, times=3):
         result.flatten()[0].item()                              # waits for the device
     return (time.time() - started) / times
 
-def bench(model, codec, B, device, dtype):
-    """Print images/s of sampling in latents and through pixels, and their cost by count."""
+def bench(model, codec, B, device, dtype, options):
+    """Print images/s, and how much longer a detour through pixels after each step would take."""
     labels = torch.arange(B, device=device) % model.config.num_classes
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        image = codec.decode(torch.randn(1, *codec.latent_shape, device=device))
-        decode = counter.get_total_flops() / flops(model.config)
-        codec.encode(image)
-        encode = counter.get_total_flops() / flops(model.config) - decode
-    print(f"{device}, batch {B}, images/s; decode = {decode:.2f} forwards, encode = {encode:.2f}")
-    print("steps  guided     denoising   with decode    via pixels    time ratio   GFLOP ratio")
-    for steps in (1, 2, 4, 6):
-        for guided, forwards in (("no", 1), ("yes", 2)):        # a step
-            draw = functools.partial(generate, model, labels, steps, forwards)
-            detoured = functools.partial(draw, between=lambda z: codec.encode(codec.decode(z)))
-            with autocast(device, dtype):
-                denoising = seconds(draw)
-                latents = seconds(lambda: codec.decode(draw()))
-                pixels = seconds(lambda: codec.decode(detoured()))
-            cost = 1 + (steps - 1) * (decode + encode) / (steps * forwards + decode)
-            row = B / denoising, B / latents, B / pixels, pixels / latents, cost
-            print(f"{steps:5}{guided:>8}", *(f"{value:13.4g}" for value in row))
+    pixels = dict(between=lambda z: codec.encode(codec.decode(z)))
+    with autocast(device, dtype):
+        direct = seconds(lambda: codec.decode(generate(model, labels, **options)))
+        detour = seconds(lambda: codec.decode(generate(model, labels, **options, **pixels)))
+    print(f"{device}, batch {B}, {options}: {B / direct:.4g} images/s, decoded; through pixels at "
+          f"each step {B / detour:.4g}, {detour / direct:.2f} times the time")
 
-def choose_classes(typed, classes):
+def choose_classes(typed, classes, path):
     """Class numbers for what the user typed: names, in any case, or numbers; default: all."""
-    typed = ",".join(typed).split(",") if typed else classes
     numbers = {str(i): i for i in range(len(classes))}
     numbers |= {name.lower(): i for i, name in enumerate(classes)}
-    numbers |= {name: i for i, name in enumerate(classes)}      # "A" and "a" may be two classes
-    chosen = [numbers.get(name, numbers.get(name.lower())) for name in typed]
-    if None in chosen:
-        raise UserError(f"--classes {typed[chosen.index(None)]}: this checkpoint knows "
-                        f"{', '.join(classes[:20])}, or numbers below {len(classes)}")
-    return chosen
+    names = ",".join(typed).lower().split(",") if typed else []
+    for name in names:
+        if name not in numbers:
+            hint = ""
+            for other in path.parent.parent.glob("*/ckpt.pt"):
+                with contextlib.suppress(UserError):            # it may be damaged, or old
+                    if name in map(str.lower, load_checkpoint(other)["classes"]):
+                        hint = f"; try --ckpt {other}"
+            raise UserError(f"--classes {name}: {path} knows {', '.join(classes[:20])}{hint}")
+    return [numbers[name] for name in names] or list(range(len(classes)))
 
 def main():
     parser = make_parser(__doc__)
@@ -196,13 +181,13 @@ def main():
     add("--classes", nargs="+", help="names or numbers, drawn in equal numbers; default: all")
     add("--seed", type=within(int, 0), default=0, help="of the noise; default: 0")
     add("--out", help="a grid (.png), an .npz or a folder of PNGs; default: grid_FLAGS.png")
-    add("--filmstrip", nargs="?", const="steps", choices=FILMSTRIPS, help="a row for each image")
+    add("--filmstrip", nargs="?", const="steps", choices=[*FILMSTRIPS][:4], help="of each image")
+    add("--init", nargs="+", metavar="PATH", help="images, or folders of them, to edit")
+    add("--init_angle", nargs="+", type=within(float, 0, 90), default=[60], help="noise; 60")
     add("--steps", type=within(int, 1), default=SUPPRESS, help="default: 4; 1 where distilled")
-    add("--cfg_scale", type=within(float, 0, 20), default=SUPPRESS,
-        help="guidance scale, 1 for none; default, as for the next two: as in training")
+    add("--cfg_scale", type=within(float, 0, 20), default=SUPPRESS, help="guidance; 1 for none")
     add("--cfg_skip", type=within(int, 0), default=SUPPRESS, help="first steps without guidance")
     add("--same_noise", action=BooleanOptionalAction, default=SUPPRESS, help="one for all steps")
-    add("--pixel_loop", action="store_true", help="decode and encode between steps")
     add("--bench", action="store_true", help="time denoising and decoding instead")
     add("--compile", action="store_true", help="torch.compile the denoiser, for many images")
     add("--batch_size", type=within(int, 1), default=100, help="images at a time; default: 100")
@@ -213,47 +198,62 @@ def main():
     model, codec = load_model(checkpoint, device), load_codec_of(checkpoint, device)
     if args.compile:
         model.compile()
+    options = {name: (checkpoint["settings"] | vars(args))[name] for name in SAMPLING}
     if args.bench:
-        return from_first(lambda: bench(model, codec, args.batch_size, device, args.dtype))
+        return from_first(lambda: bench(model, codec, args.batch_size, device, args.dtype, options))
 
-    classes, settings = checkpoint["classes"], checkpoint["settings"] | vars(args)
-    chosen = choose_classes(args.classes, classes)
-    count = args.num_images or min(len(chosen), 10) * (1 if args.filmstrip else 8)
+    chosen = choose_classes(args.classes, checkpoint["classes"], path)
+    kind = args.filmstrip or ("edit" if args.init else None)
+    view, values, rows = FILMSTRIPS.get(kind, (generate, [], []))
+    values = args.init_angle if kind == "edit" else values
+    more = dict(values=values) if values else {}
+    count = args.num_images or min(len(chosen), 10) * (1 if kind else 8)
     labels = torch.tensor(chosen)[torch.arange(count) % len(chosen)]
-    options = {name: settings[name] for name in SAMPLING}
-    if args.pixel_loop:
-        options["between"] = lambda z: codec.encode(codec.decode(z))
+    names = [checkpoint["classes"][y] for y in labels]
+    if args.init:                                               # every image with all the labels
+        images, each = find_images(*args.init), 1 if kind == "slerp" else count
+        labels, count = labels[:each].repeat(len(images)), each * len(images)
+        names *= len(images)
+        if kind == "slerp":
+            names = [Path(file).stem for file in images.source]
+        loaded = [images.load(i, codec.image_size) for i in range(len(images))]
+        more |= dict(init=np.repeat(loaded, each, 0), init_angle=args.init_angle[0])
     flags = re.sub(r"[^\w.,]+", "_", "".join(sys.argv[1:]))   # the picture is named after them
     out = Path(args.out or path.parent / f"grid{flags[:150]}.png")
-    kind = out.suffix.lower()
-    if kind in (".jpg", ".jpeg", ".webp", ".gif", ".npy") or (args.filmstrip and kind != ".png"):
-        raise UserError(f"--out {out}: must be a .png, or without --filmstrip an .npz or a folder")
-    if any(file.stem.isdecimal() and int(file.stem) >= count for file in out.glob("*.png")):
-        raise UserError(f"--out {out}: holds more images, of an earlier run; remove it first")
+    suffix = out.suffix.lower()
+    if (suffix in (".jpg", ".jpeg", ".webp", ".gif", ".npy") or (kind and suffix != ".png")
+            or (not suffix and any(out.glob("*.png")))):
+        raise UserError(f"--out {out}: must be a .png, or for plain samples an .npz or new folder")
 
-    view = {"steps": functools.partial(generate, return_all=True), "guidance": raise_guidance,
-            "angle": turn_towards_noise, "slerp": walk_to_the_next}.get(args.filmstrip, generate)
-    at_once = count if args.filmstrip == "slerp" else args.batch_size      # its rows form a ring
+    at_once = count if kind == "slerp" else args.batch_size     # its rows form a ring
     batches = sample_batches(model, codec, labels, at_once, device, args.seed, args.dtype, view,
-                             rank, world, **options)
+                             rank, world, **options, **more)
     if rank > 0:
         return list(batches)                                    # its share, for the first process
     guided = 0 if options["cfg_scale"] == 1 else options["steps"]
     nfe = options["steps"] + guided - max(0, min(guided - 2, options["cfg_skip"]))
-    print(f"{path}: step {checkpoint['step']}, {count} images, {options}, NFE {nfe}", flush=True)
+    print(f"{path}: step {checkpoint['step']}, {count} images, {options}, "
+          f"NFE {'at most ' * bool(args.init)}{nfe}", flush=True)
     batches = tqdm(batches, total=math.ceil(count / at_once), unit="batch")
-    captions = [classes[y] for y in labels]
-    if args.filmstrip:
-        columns = FILMSTRIPS[args.filmstrip] or range(1, options["steps"] + 1)
-        write_png(out, make_filmstrip(np.concatenate(list(batches), axis=-4), captions, columns))
-    elif kind == ".png":
+    if kind:
+        strips = np.concatenate(list(batches), axis=-4)         # (..., columns, N, S, S, 3)
+        columns = values or range(1, 1 + len(strips))
+        if kind == "edit":
+            strips = np.stack([more["init"], *strips])
+            columns = ["original for", *(f"{angle:g}°" for angle in values)]
+        images = np.moveaxis(strips, -4, 0).reshape(-1, *strips.shape[-3:])
+        captions = [row.format(column, *both) for both in zip(names, names[1:] + names)
+                    for row in rows for column in columns]
+        write_png(out, make_grid(images, captions, len(columns)))
+    elif suffix == ".png":
         columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(count))
-        write_png(out, make_grid(np.concatenate(list(batches)), captions, min(columns, count)))
-    elif kind == ".npz":
+        write_png(out, make_grid(np.concatenate(list(batches)), names, min(columns, count)))
+    elif suffix == ".npz":
         write_file(out, lambda file: write_npz(file, batches, labels.numpy(), codec.image_size))
     else:
         for i, image in enumerate(image for images in batches for image in images):
             write_png(out / f"{i:06d}.png", Image.fromarray(image))
+        write_file(out / "labels.txt", lambda file: np.savetxt(file, labels, "%d"))
     print(f"wrote {out}")
 
 if __name__ == "__main__":

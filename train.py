@@ -1,37 +1,36 @@
 """Train the denoiser on cached latents.
 
     python train.py                                              # the drawn shapes, on a CPU
-    python train.py --dataset path/to/folder                     # a sub-folder of images per class
     torchrun --nproc_per_node=8 train.py --dataset flowers       # --batch_size is their sum
     python train.py --resume                                     # go on after an interruption
     python train.py --distill out/shapes/ckpt.pt                 # then: draw in one pass
 
-Encodes the dataset first if need be (encode.py). Writes out/<dataset>/: ckpt.pt, log.csv, samples/.
-Noise comes from (seed, step), the order of images from (seed, epoch): interrupting a run, or
-splitting it over devices, changes nothing. Ctrl-C and SIGTERM save before they end it.
+Encodes the dataset first if need be. Writes ckpt.pt, log.csv, curve.png and samples/ to out_dir.
+Interrupting a run, or splitting it over devices, changes nothing; Ctrl-C saves before it ends it.
 """
 import argparse
 import copy
 import functools
 import math
 import os
-import re
 import shlex
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from encode import (CODECS, SMALL_CODECS, UserError, autocast, cache_key, dataset_place,
                     default_codec, find_dataset, fingerprint, from_first, join, make_parser,
-                    open_cache, prepare_codec, reading, run, to_float, within, write_file)
+                    open_cache, prepare_codec, run, to_float, within, write_file)
 from model import (PRESETS, Denoiser, Distillation, ModelConfig, distribution_matching, flops,
                    largest_angle, losses, noise_angle)
 from sample import (CHECKPOINT_FORMAT, SAMPLING, load_checkpoint, load_codec_of, make_grid,
@@ -47,7 +46,8 @@ class Settings:
     """What makes a run what it is: every field is a flag, and is stored in the checkpoint."""
     dataset: str = flag("shapes", "shapes, flowers, afhq, imagenet, or a folder of class folders")
     distill: str = flag("", "checkpoint to make a generator of one pass from", metavar="CKPT")
-    teacher_cfg: float = flag(1.0, "guidance of it", type=within(float, 0, 20))
+    init_from: str = flag("", "checkpoint to start from, with its codec", metavar="CKPT")
+    teacher_cfg: float = flag(1.0, "guidance of the distilled", type=within(float, 0, 20))
     preset: str = flag("tiny", "size of the denoiser", choices=PRESETS)
     codec: str = flag("small", "frozen autoencoder", choices=CODECS)
     flip: bool = flag(False, "train on mirrored images, too", action=argparse.BooleanOptionalAction)
@@ -96,15 +96,19 @@ NOISE_BLOCK = 16                # images whose noise is drawn together
 
 def settings_of(flags):
     """The Settings of a new run, from the flags that were given."""
-    if flags.get("distill"):
-        teacher = load_checkpoint(flags["distill"])["settings"]
-        if teacher["distill"] or not teacher["sphere"]:
-            raise UserError(f"{flags['distill']}: is distilled already, or was not on the sphere")
-        return Settings(**teacher | DISTILL_SETTINGS | flags)
+    source = flags.get("distill") or flags.get("init_from")
+    start = load_checkpoint(source)["settings"] if source else {}
+    if start.get("distill") or flags.get("distill") and not start["sphere"]:
+        raise UserError(f"{source}: is distilled already, or was not on the sphere")
     dataset = flags.get("dataset", "shapes")
-    merged = DATASET_SETTINGS.get(dataset, {}) | flags
-    preset = PRESET_SETTINGS.get(merged.get("preset", "tiny"), {})
-    return Settings(**dict(codec=default_codec(dataset)) | preset | merged)
+    values = dict(codec=default_codec(dataset)) | DATASET_SETTINGS.get(dataset, {})
+    values |= {name: start[name] for name in FIXED if start} | flags
+    values = PRESET_SETTINGS.get(values.get("preset", "tiny"), {}) | values
+    if "distill" in flags:
+        values = start | DISTILL_SETTINGS | flags
+    settings = Settings(**values)
+    ten = max(1, min(settings.log_every, settings.max_steps // 10))     # lines at least
+    return replace(settings, log_every=flags.get("log_every", ten))
 
 def parse_args():
     parser = make_parser(__doc__)
@@ -112,10 +116,10 @@ def parse_args():
     add("--out_dir", type=Path, help="where to write; default: out/<dataset>")
     add("--resume", action="store_true", help="continue the run in out_dir")
     add("--live", action="store_true", help="encode each batch as it is needed, without a cache")
+    add("--fit_steps", type=within(int, 1), default=1500, help="of the codec, if one is fitted")
     add("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
     add("--compile", default="auto", choices=["auto", "on", "off"], help="auto: on CUDA")
     add("--bench", action="store_true", help="time steps on random latents instead of training")
-    add("--latent", default="256x768", help="tokens x channels of --bench; default: 256x768")
     group = parser.add_argument_group("settings", "defaults by preset and dataset: see train.py")
     for setting in fields(Settings):
         group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, **setting.metadata)
@@ -154,44 +158,28 @@ def learning_rate(step, settings):
     cosine = 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * decay))
     return settings.lr * min(1.0, (step + 1) / settings.warmup) * cosine
 
-def orthogonalize(matrix):
-    """Bring the singular values of a matrix near 1, by five Newton-Schulz iterations."""
-    if len(matrix) > len(matrix.T):
-        return orthogonalize(matrix.T).T
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
-    x = x / x.norm().clamp_min(1e-7)
-    for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
-    return x
-
-class Muon(torch.optim.Optimizer):
-    """Orthogonalized momentum: https://kellerjordan.github.io/posts/muon. torch.optim.Muon takes
-    bf16 also on CPUs, where that can be twenty times slower."""
-
-    @torch.no_grad()
-    def step(self):
-        settings = self.param_groups[0]
-        for weight in settings["params"]:
-            momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-            momentum.lerp_(weight.grad, 0.05)
-            update = orthogonalize(weight.grad.lerp(momentum, 0.95))
-            update *= 0.4 * math.sqrt(max(weight.shape))            # rms 0.4, so AdamW's lr fits
-            weight.sub_(update + settings["weight_decay"] * weight, alpha=settings["lr"])
-
-def make_model(config, settings, device, nccl, compile_when, weights=None):
-    """(model, DDP around it if need be, its moving average, optimizers); weights: to start from."""
+def make_model(config, settings, classes, start, device, nccl, compile_when):
+    """(model, DDP around it if need be, its moving average, optimizers); start: a checkpoint."""
     torch.manual_seed(settings.seed)
     denoiser = Denoiser(config).to(device)
-    if weights:
-        denoiser.load_state_dict(weights)
+    if start:                                   # the rows of classes new to it stay random
+        table, old = denoiser.classes.weight.detach().clone(), start["ema"]["classes.weight"]
+        known = {name: row for row, name in enumerate([*start["classes"], None])}   # None: no class
+        for row, name in enumerate([*classes, None]):
+            if name in known:
+                table[row] = old[known[name]]
+        denoiser.load_state_dict(start["ema"] | {"classes.weight": table})
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     model = Distillation(denoiser) if settings.distill else denoiser
     optimizers, betas = [], (0.0, 0.99) if settings.distill else (0.9, 0.95)
     others = dict(denoiser.named_parameters())
     if settings.optimizer == "muon":            # for the matrices of attention and MLP
-        names = [name for name in others if re.search(r"blocks.*(qkv|proj|w\d).weight", name)]
-        optimizers.append(Muon([others.pop(name) for name in names], dict(fused=False)))
+        matrices = [others.pop(name) for name, weight in [*others.items()]
+                    if name.startswith("blocks") and weight.ndim == 2 and "adaln" not in name]
+        muon = torch.optim.Muon([dict(params=matrices, faster=2)], adjust_lr_fn="match_rms_adamw")
+        if device.type == "cpu":                # where its bf16 can be twenty times slower
+            muon.step = patch.object(torch.Tensor, "bfloat16", torch.Tensor.float)(muon.step)
+        optimizers.append(muon)
     groups = [dict(params=others.values())]
     if settings.distill:                        # fake must keep up with the generator
         groups.append(dict(params=model.fake.parameters(), faster=2))
@@ -204,8 +192,7 @@ def make_model(config, settings, device, nccl, compile_when, weights=None):
 def train_step(ddp, ema, optimizers, step, settings, batch, context):
     """A step of the optimizers, unless a gradient is not finite, and of the moving average.
 
-    batch: z, labels, noise, angle, share of this process. Returns its loss and both terms of it
-    (3, B), and the gradient norm. context: returns an autocast context.
+    batch: z, labels, noise, angle, share. Returns the loss and its terms (3, B), and the norm.
     """
     model = getattr(ddp, "module", ddp)
     parts = list(zip(*(tensor.chunk(settings.accumulate) for tensor in batch)))
@@ -226,7 +213,7 @@ def train_step(ddp, ema, optimizers, step, settings, batch, context):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings) * group.get("faster", 1)
             group["weight_decay"] = settings.weight_decay
-        fused = optimizer.defaults["fused"]     # skips by itself, so that nothing waits
+        fused = optimizer.defaults.get("fused")         # skips by itself, so that nothing waits
         optimizer.found_inf = (~finite).float() if fused else None
         if fused or finite:
             optimizer.step()
@@ -237,25 +224,15 @@ def train_step(ddp, ema, optimizers, step, settings, batch, context):
     return torch.cat(terms, dim=1), grad_norm
 
 def bench(args, settings, context, rank, world, device, nccl):
-    """Print the rate of train_step on random latents, and of a large matrix product."""
-    tokens, channels = (int(number) for number in args.latent.split("x"))
-    if math.isqrt(tokens) ** 2 != tokens:
-        raise UserError(f"--latent {args.latent}: the first number must be a square")
-    config = ModelConfig(tokens, channels, **PRESETS[settings.preset])
-    batch_size = settings.batch_size
-    _, *trained = make_model(config, settings, device, nccl, args.compile)
+    """Print the rate of train_step on random latents of the RAE's shape."""
+    config, batch_size = ModelConfig(**PRESETS[settings.preset]), settings.batch_size
+    _, *trained = make_model(config, settings, [], None, device, nccl, args.compile)
     noise, angle, share, dropped = draw(0, slice(0, batch_size // world), settings, config, device)
     batch = noise.flip(1), dropped.long(), noise, angle, share      # flipped noise as latents
     images = batch_size / seconds(lambda: train_step(*trained, 0, settings, batch, context)[1], 20)
     used = images * (4 if settings.consistency_weight else 3) * flops(config) / world / 1e12
-    size = 8192 if device.type == "cuda" else 1024
-    matrix = torch.randn(size, size, device=device)
-    with context():
-        matrix = matrix @ matrix                # in autocast's type
-        peak = 2 * size ** 3 / seconds(lambda: matrix @ matrix, 20) / 1e12
     if rank == 0:
-        print(f"{settings.preset}, {world} x {device.type}, batch {batch_size}: {images:.2f} images"
-              f"/s, {used:.3f} TFLOP/s each = {used / peak:.0%} of its matrix products' {peak:.3f}")
+        print(f"{settings.preset} x {world}: {images:.2f} images/s, {used:.3f} TFLOP/s each")
 
 # ----------------------------------------------------------------------------------------- the run
 
@@ -267,7 +244,7 @@ def open_data(settings, rows, start, codec, device, context, args):
             noise, _, share, _ = draw(step + 2**40, rows, settings, config, device)
             return noise, (share * config.num_classes).long()
         return read_noise, 0, start["classes"], ""
-    key = start["cache_key"] if start else ""
+    key = start["cache_key"] if args.resume else ""
     if args.live:
         source = from_first(lambda: find_dataset(settings.dataset, args.data_dir))
         labels = np.tile(source.labels, 1 + settings.flip)
@@ -303,12 +280,13 @@ def command(world, resume=True):
 
 def set_aside(out_dir):
     """Move what an earlier run has written to a folder of its own."""
-    if (out_dir / "log.csv").exists() or (out_dir / "ckpt.pt").exists():
+    names = "ckpt.pt", "log.csv", "samples", "*.png"
+    files = [file for name in names for file in out_dir.glob(name)]
+    if files:
         aside = out_dir / time.strftime("earlier_%Y-%m-%d_%H.%M.%S")
         aside.mkdir()
-        for name in ("ckpt.pt", "log.csv", "samples", "grid*.png"):
-            for file in out_dir.glob(name):
-                file.rename(aside / file.name)
+        for file in files:
+            file.rename(aside / file.name)
         print(f"{out_dir}: held an earlier run, now in {aside}")
 
 def log_columns(config, settings):
@@ -316,18 +294,35 @@ def log_columns(config, settings):
     inner = noise_angle(torch.arange(1, BINS) / BINS, config.max_angle,
                         settings.angle_mean, settings.angle_std)
     edges = [0, *torch.rad2deg(inner).tolist(), config.max_angle]
-    return ["step", "loss", *terms, "lr", "grad_norm", "images_per_s", "skipped",
+    return ["step", "loss", *terms, "lr", "grad_norm", "images_per_s", "skipped", "seconds",
             *(f"loss_{low:.4g}_{high:.4g}" for low, high in zip(edges, edges[1:]))]
 
-def report(path, log, settings):
-    """Write log.csv from its rows (dicts: column -> number), and print most of the last one."""
+def report(out_dir, log, settings):
+    """Write log.csv of its rows (dicts: column -> number) and curve.png; print the last one."""
     lines = [list(log[-1])] + [[f"{value:.8g}" for value in row.values()] for row in log]
-    write_file(path, lambda file: np.savetxt(file, lines, "%s", ","))
+    write_file(out_dir / "log.csv", lambda file: np.savetxt(file, lines, "%s", ","))
+    write_png(out_dir / "curve.png", draw_curve(log))
     step, row = log[-1]["step"], log[-1]
     left = (settings.max_steps - step) * settings.batch_size / row["images_per_s"] / 60
-    shown = [f"{value:.4g} {name}" for name, value in row.items()
-             if value > 0 and name != "step" and not name.startswith("loss_")]
+    shown = [f"{value:.4g} {name}" for name, value in list(row.items())[1:8] if value > 0]
     print(f"step {step:6d}/{settings.max_steps}  {left:.1f} min left", *shown, sep="  ", flush=True)
+
+def draw_curve(log):
+    """The loss by noise angle over the steps, on a logarithmic scale: an image 800 pixels wide."""
+    names = [name for name in log[0] if name.startswith("loss_")]
+    losses = np.log([[row[name] for name in names] for row in log])             # (rows, BINS)
+    low, high = np.nanmin(losses), np.nanmax(losses) + 1e-3
+    picture = Image.new("RGB", (800, 400), "white")
+    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    x = [60 + 600 * row["step"] / log[-1]["step"] for row in log]
+    for k, y in enumerate((20 + 340 * (high - losses) / (high - low)).T):       # one a line
+        colour = f"hsl({55 * k}, 80%, 40%)"
+        canvas.line([(a, b) for a, b in zip(x, y) if b >= 0], colour, 2)        # b: perhaps nan
+        canvas.text((680, 140 - 20 * k), names[k][5:].replace("_", " to ") + "°", colour, font)
+    for y, value in ((12, high), (352, low)):
+        canvas.text((10, y), f"{math.exp(value):.3g}", "black", font)
+    canvas.text((60, 375), f"loss by noise angle, to step {log[-1]['step']}", "black", font)
+    return picture
 
 def main():
     args, flags = parse_args()
@@ -338,7 +333,7 @@ def main():
     name = dataset_place(settings.dataset, args.data_dir)[0] + "-distilled" * bool(settings.distill)
     out_dir = args.out_dir or Path("out") / name
     path = out_dir / "ckpt.pt"
-    source = path if args.resume else settings.distill      # of what this run starts from
+    source = path if args.resume else settings.distill or settings.init_from
     start = load_checkpoint(source) if source else None
     if args.resume:
         settings = Settings(**start["settings"] | flags)
@@ -350,6 +345,8 @@ def main():
         raise UserError(f"--batch_size: must be a multiple of {world * settings.accumulate}")
     if args.bench:
         return bench(args, settings, context, rank, world, device, nccl)
+    if args.resume and start["step"] >= settings.max_steps:
+        return from_first(lambda: print(f"{path}: step {start['step']}, nothing is left to do"))
 
     # the data and the model; what may fail comes before anything is written
     args.dataset = settings.dataset
@@ -358,31 +355,35 @@ def main():
     weights = codec.state_dict() if settings.codec in SMALL_CODECS else None
     saved_codec = dict(name=settings.codec, fingerprint=fingerprint(codec), weights=weights)
     read, count, classes, key = open_data(settings, rows, start, codec, device, context, args)
+    if len(classes) == 1 and "cfg_scale" not in flags:
+        settings = replace(settings, cfg_scale=1.0)         # guidance needs two
     config = ModelConfig(*codec.latent_shape, len(classes), sphere=settings.sphere,
                          max_angle=settings.max_angle or largest_angle(*codec.latent_shape),
                          **PRESETS[settings.preset])
-    model, ddp, ema, optimizers = make_model(config, settings, device, nccl, args.compile,
-                                             start and start["ema"])
+    model, ddp, ema, optimizers = make_model(config, settings, classes, start, device, nccl,
+                                             args.compile)
     step, log, columns = 0, [], log_columns(config, settings)
     stats = torch.zeros(4, settings.batch_size, device=device)      # sums since the last log line
-    bad, worst = torch.zeros(2, device=device)              # steps in a row that were skipped
+    bad = torch.zeros((), device=device)                    # steps in a row that were skipped
     if args.resume:
         step, log = start["step"], start["log"]
         model.load_state_dict(start["trained"])
         for new, old in zip(optimizers, start["optimizers"]):
             new.load_state_dict(new.state_dict() | dict(state=copy.deepcopy(old["state"])))
         stats += start["stats"].to(device) * (rank == 0)
+    old = f" ({len(set(classes) & set(start['classes']))} known to {source})" if start else ""
     del start                                               # lets go of the file
     if rank == 0:
         if not step:
             set_aside(out_dir)
-        print(f"{count:,} images of {len(classes)} classes, latents {config.tokens}x"
+        print(f"{count:,} images of {len(classes)} classes{old}, latents {config.tokens}x"
               f"{config.channels}, {world} x {device.type}, from step {step}\n{settings}")
 
     # the loop
     thread = ThreadPoolExecutor(1)
     ahead = thread.submit(read, step)
     signals, stopping, started, timed = [], False, time.time(), step
+    begun = time.time() - (log[-1]["seconds"] if log else 0)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
     while step < settings.max_steps and not stopping:
@@ -395,7 +396,6 @@ def main():
         stats[:3, rows] += torch.where(finite, terms, 0)
         stats[3, rows] += finite
         bad = (bad + 1) * ~finite
-        worst = torch.maximum(worst, bad)
         step += 1
 
         stopping = torch.tensor(len(signals))               # of all processes, by gloo
@@ -408,8 +408,8 @@ def main():
             if world > 1:
                 dist.reduce(stats, 0, group=nccl)
                 stats *= rank == 0                          # the first process holds all sums
-            if worst.item() >= 10:
-                raise UserError(f"no finite gradient for {worst.item():.0f} steps, to {step}: try "
+            if bad.item() >= 10:
+                raise UserError(f"no finite gradient for {bad.item():.0f} steps, to {step}: try "
                                 f"{command(world, path.is_file())} --lr {settings.lr / 3:.1g}")
         if logging and rank == 0:
             bins = torch.stack([part.sum(1) for part in stats.cpu().tensor_split(BINS, dim=1)])
@@ -417,9 +417,9 @@ def main():
             rate = (step - timed) * settings.batch_size / (time.time() - started)
             skipped = step - (log[-1]["step"] if log else 0) - round(used / settings.batch_size)
             row = [step, *means.tolist(), learning_rate(step - 1, settings), grad_norm.item(),
-                   rate, skipped, *(bins[:, 1] / bins[:, 3]).tolist()]
+                   rate, skipped, time.time() - begun, *(bins[:, 1] / bins[:, 3]).tolist()]
             log.append(dict(zip(columns, row)))
-            report(out_dir / "log.csv", log, settings)
+            report(out_dir, log, settings)
             stats.zero_()
         if saving and rank == 0 and (last or stopping or not bad.item()):   # else spoilt, perhaps
             state = dict(format=CHECKPOINT_FORMAT, step=step, classes=classes, ema=ema.state_dict(),
