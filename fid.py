@@ -4,8 +4,6 @@
     python fid.py samples/ --ref path/to/folder --metrics fid is       # folders of images, too
     python fid.py samples.npz --ref shapes --features codec --metrics fid agreement     # offline
     python fid.py samples.npz --ref flowers --save_stats flowers.npz     # measured once, kept
-
-Shapes: B images, S image size, F features, C classes, N images in all.
 """
 import contextlib
 import hashlib
@@ -21,13 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from encode import (CODECS, SUFFIXES, Dataset, UserError, codec_path, find_dataset, join,
-                    load_codec, make_parser, reading, run, to_float, write_file)
+from encode import (CODECS, SUFFIXES, Dataset, UserError, codec_path, find_dataset, find_images,
+                    join, load_codec, make_parser, reading, run, to_float, write_file)
 
 NEEDS = {       # metric -> what it is left out without
     "fid": "a reference", "sfid": "--features inception, and mu_s and sigma_s of statistics",
     "is": "--features inception", "precision": "4 images in each", "recall": "4 images in each",
-    "agreement": "a reference with classes, and labels of the samples (arr_1)"}
+    "agreement": "a reference with 50 images of each of its classes, and labels of the samples"}
 METRICS = tuple(NEEDS)
 KEPT_SAMPLES, KEPT_REFERENCES = 50_000, 10_000  # compared for precision and recall, as by ADM
 SPLIT = 5000                                    # images in a split of the Inception Score
@@ -226,10 +224,7 @@ def measure(batches, count, extract, metrics, kept=KEPT_SAMPLES, name="samples")
         features = extract(batch)
         keep, chosen = chosen.tensor_split([len(batch)])
         for key in features.keys() - {"logits"}:
-            x = features[key]
-            if x.device.type == "mps":          # has no float64
-                x = x.cpu()
-            x = F.pad(x.double(), (0, 1), value=1)                              # (B, F + 1)
+            x = F.pad(features[key].cpu().double(), (0, 1), value=1)            # (B, F + 1)
             totals[key] = totals.get(key, 0) + x.T @ x
         if "is" in metrics and "logits" in features:
             lists["logits"].append(features["logits"].cpu())
@@ -238,7 +233,7 @@ def measure(batches, count, extract, metrics, kept=KEPT_SAMPLES, name="samples")
     result = {key: torch.cat(values) for key, values in lists.items() if values}
     for key, mu, sigma in (("pool3", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
         if key in totals:
-            total = totals[key].cpu().numpy()   # the sum of (x, 1) (x, 1)^T
+            total = totals[key].numpy()         # the sum of (x, 1) (x, 1)^T
             result[mu] = total[-1, :-1] / count
             result[sigma] = (total[:-1, :-1] - np.outer(total[-1, :-1], result[mu])) / (count - 1)
     if not np.isfinite(result["sigma"]).all():
@@ -296,9 +291,13 @@ def open_set(where, data_dir="data"):
     """(Dataset of the images, statistics) of an npz, a folder of images, or a dataset."""
     path = Path(where)
     if path.suffix != ".npz":
-        flat = sorted(str(file) for file in path.glob("*") if file.suffix.lower() in SUFFIXES)
-        unknown = np.full(len(flat), -1)
-        return Dataset(where, [], unknown, flat) if flat else find_dataset(where, data_dir), {}
+        if not any(file.suffix.lower() in SUFFIXES for file in path.glob("*")):
+            return find_dataset(where, data_dir), {}
+        dataset, file = find_images(path), path / "labels.txt"
+        if file.exists():                       # sample.py has written it
+            with reading(f"{file}: doesn't fit the images", "delete it, or sample again"):
+                dataset.labels[:] = np.loadtxt(file, int)
+        return dataset, {}
     with (reading(f"{path}: unusable", "write it with sample.py --out, or download it again"),
           np.load(path) as archive):
         keys, wanted = archive.files, ("mu", "sigma", "mu_s", "sigma_s", "pool3", "count")
@@ -380,7 +379,8 @@ def main():
             write_file(args.save_stats, lambda file: np.savez(file, **reference))
         batches = image_batches(samples, size, args.workers)
         values = evaluate(batches, len(samples), extractor, reference, args.metrics)
-    if "agreement" in args.metrics and dataset.classes and samples.labels.min() >= 0:
+    learnable = 1 < len(dataset.classes) <= len(dataset) / 50
+    if "agreement" in args.metrics and learnable and samples.labels.min() >= 0:
         values["agreement"], values["agreement_real"] = agreement(dataset, samples, args.workers)
 
     left_out = {name: NEEDS[name] for name in args.metrics if name not in values}

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -85,7 +86,6 @@ def fails_clearly(result, *words):
     assert all(str(word) in line for word in words), line
 
 def draw_folder(folder, classes=("one", "two"), each=6, suffix=".png"):
-    """A folder dataset of random images."""
     rng = np.random.default_rng(0)
     for i, name in itertools.product(range(each), classes):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,6 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture
 def copied(workspace, tmp_path):
-    """A copy of the workspace to spoil."""
     return Path(shutil.copytree(workspace, tmp_path / "copy"))
 
 @pytest.fixture
@@ -145,7 +144,7 @@ def equal(a, b):
 def assert_same_curve(one, two, rel=1e-3):
     """Two runs' logs agree up to rounding, but for their speed."""
     for a, b in zip(read_log(one), read_log(two), strict=True):
-        speed = dict(images_per_s=0)
+        speed = dict(images_per_s=0, seconds=0)
         assert a | speed == pytest.approx(b | speed, rel=rel, abs=1e-9, nan_ok=True)
 
 # -------------------------------------------------------------------------------------- model.py
@@ -163,8 +162,7 @@ def test_rotation_stays_on_the_sphere_and_turns_by_exactly_the_angle():
     plain = z[:4] + angle[:4].tan()[:, None, None] * noise[:4]
     assert_close(model.rotate(z[:4], noise[:4], angle[:4], sphere=False), plain)
 
-def test_the_tangents_of_noise_angles_are_logit_normal(monkeypatch):
-    monkeypatch.delattr(torch.special, "ndtri")                     # Macs have no kernel for it
+def test_the_tangents_of_noise_angles_are_logit_normal():
     u = (torch.arange(10_000) + 0.5) / 10_000
     r = model.noise_angle(u, 80.0, mean=0.5, std=2.0).tan() / math.tan(math.radians(80))
     logit = torch.log(r.double() / (1 - r.double()))
@@ -181,10 +179,6 @@ def test_the_largest_angle_leaves_one_signal_to_noise_ratio_also_in_more_dimensi
         v = model.rotate(z @ basis, torch.randn(400, 16, channels), angle) @ basis.T
         along = (v * signal).sum((1, 2), keepdim=True)
         assert along.mean() / (v - along * signal).std() == pytest.approx(4.8, rel=0.03)
-    for name in ("flowers", "afhq", "imagenet"):
-        s = train.settings_of(dict(dataset=name))
-        angle = s.max_angle or model.largest_angle(256, 768)
-        assert s.codec == "rae" and 3 < math.sqrt(256 * 768) / math.tan(math.radians(angle)) < 8
 
 def test_xl_has_the_released_size_and_flops_are_those_that_torch_counts():
     with torch.device("meta"):
@@ -244,7 +238,6 @@ def test_distribution_matching_moves_images_from_fake_to_real_and_teaches_fake()
     (4, 1, dict(cfg_scale=3.0, cfg_skip=1)), (4, 2, dict(cfg_scale=3.0, cfg_skip=9)),
     (2, 0, dict(cfg_scale=3.0, cfg_skip=1)), (3, 3, dict(between=torch.neg))])
 def test_generate_predicts_turns_back_and_predicts_again(steps, unguided, options):
-    """Guidance extrapolates from the null class; the first steps, never the last two, skip it."""
     denoiser, y = random_denoiser(max_angle=60.0), torch.tensor([0, 1, 2])
     noise, between = torch.randn(steps, 3, 16, 32), options.get("between", torch.clone)
     x, expected = torch.zeros(3, 16, 32), []
@@ -261,18 +254,20 @@ def test_generate_predicts_turns_back_and_predicts_again(steps, unguided, option
     got = model.generate(denoiser, y, steps, noise=noise, return_all=True, **options)
     assert_close(got, torch.stack(expected))
 
-# ------------------------------------------------------------------------------------ encode.py
+def test_an_edit_starts_from_the_image_turned_by_its_angle_and_takes_the_steps_below_it():
+    denoiser, y = random_denoiser(max_angle=80.0), torch.tensor([0, 1, 2])
+    noise, z = torch.randn(4, 3, 16, 32), torch.randn(3, 16, 32)
+    edit = functools.partial(model.generate, denoiser, y, 4, noise=noise, init=z, return_all=True)
+    for angle, taken in ((0, 1), (30, 1), (60, 2), (74, 3), (90, 4)):       # 35, 63 and 75 degrees
+        v = model.rotate(z, noise[4 - taken], math.radians(angle))
+        got = edit(init_angle=angle)
+        assert len(got) == taken
+        assert_close(got[0], denoiser(v, y), rtol=1e-3, atol=1e-4)
 
-def test_shapes_are_the_same_for_a_seed_varied_and_balanced():
-    images, labels = encode.shapes(200, seed=3)
-    assert images.dtype == np.uint8 and (np.bincount(labels) == 20).all()
-    assert np.array_equal(images[:50], encode.shapes(50, seed=3)[0])
-    assert not np.array_equal(images[:50], encode.shapes(50, seed=4)[0])
-    assert (np.ptp(images.reshape(200, -1, 3), axis=1).min(0) > 60).all()
+# ------------------------------------------------------------------------------------ encode.py
 
 @pytest.mark.parametrize("size", [(331, 150), (63, 200), (64, 64), (5, 9), (33, 32)])
 def test_center_crop_is_adms(size):
-    """Box-halving while twice too large, bicubic, an array slice from the middle."""
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
     image = Image.fromarray(pixels)
     while min(*image.size) >= 64:
@@ -308,6 +303,17 @@ def test_folder_datasets_keep_class_names_and_ignore_what_is_no_image(tmp_path):
     assert dataset.labels.tolist() == [0, 0, 0, 1, 1, 1] and len(dataset) == 6
     assert np.array_equal(dataset.load(7, 32), dataset.load(1, 32)[:, ::-1])        # mirrored
 
+def test_a_folder_of_images_alone_is_one_class_and_mixtures_are_refused(tmp_path):
+    folder = draw_folder(tmp_path / "data", ("pets",), each=3) / "pets"
+    (folder / "photo.HEIC").write_bytes(b"not for Pillow")
+    line = "train.py --dataset pets --batch_size 4 --max_steps 20 --fit_steps 1"
+    works(script(line, tmp_path), "photo.HEIC, 1 such", "fitting a codec to 3 images")
+    checkpoint, rows = load(tmp_path / "out/pets/ckpt.pt"), read_log(tmp_path / "out/pets")
+    assert checkpoint["classes"] == ["pets"] and checkpoint["settings"]["cfg_scale"] == 1
+    assert [row["step"] for row in rows] == list(range(2, 21, 2))
+    draw_folder(folder, ("cat",))
+    fails_clearly(script("encode.py --dataset pets", tmp_path), "pets/0.png", "cat")
+
 def psnr(codec, images):
     error = (codec.decode(codec.encode(images)) - images).pow(2).mean((1, 2, 3))
     return -10 * error.log10().mean().item()
@@ -319,11 +325,14 @@ def test_shipped_codec_reconstructs_unseen_shapes_by_latents_on_the_sphere():
     assert_close(z, model.to_sphere(z))
     assert psnr(codec, images) > 30
 
-def test_fitting_learns_also_the_larger_codec():
+def test_fitting_learns_also_the_larger_codec_and_ctrl_c_keeps_what_there_is(monkeypatch):
     images = encode.shapes(100)[0].repeat(2, 1).repeat(2, 2)
     worse, better = (encode.fit_codec(images, "small64", n, batch_size=8) for n in (1, 20))
     assert better.image_size == 64 and better.latent_shape == (64, 32)
     assert psnr(better, encode.to_float(images)) > psnr(worse, encode.to_float(images)) + 1
+    z = torch.randn(8, 64, 32)
+    monkeypatch.setattr(encode, "rotate", mock.Mock(side_effect=[z, z, KeyboardInterrupt]))
+    assert not encode.fit_codec(images, "small64", 99, batch_size=8).training
 
 def test_cache_holds_the_latents_of_the_images_and_of_their_mirrored_views(copied):
     works(script(ENCODE + "--flip", copied), "24 images")
@@ -369,7 +378,7 @@ def test_other_images_or_another_codec_get_a_new_cache_and_checkpoints_stand_alo
     draw_folder(copied / "data/photos", each=7)
     works(script(ENCODE, copied), "14 images")
     works(script(ENCODE + "--fit --fit_steps 2 --out pairs.png", copied), "PSNR", "mean of 14")
-    assert Image.open(copied / "pairs.png").size == (14 * 32, 64)   # with their reconstructions
+    assert Image.open(copied / "pairs.png").size == (14 * 96, 192 + 28)     # 14 above 14, captions
     assert len(caches(copied)) == 2
     assert all(file.read_bytes() == data for file, data in before.items())
     works(script(TRAIN + "--resume --max_steps 13", copied), "12 images")
@@ -442,10 +451,6 @@ def test_missing_wrong_or_broken_downloads_are_named(tmp_path, no_network, monke
     shutil.rmtree(folder / "jpg")
     spoil(archive)
     fails_clearly(script(line, tmp_path), archive.name, "cannot be unpacked", "delete it")
-    with tarfile.open(archive, "w:gz") as file:
-        file.addfile(tarfile.TarInfo("../../escaped"))
-    fails_clearly(script(line, tmp_path), archive.name, "outside")
-    assert not list(tmp_path.rglob("escaped"))
 
 HUBCONF = '''
 dependencies = ["torch"]
@@ -522,11 +527,7 @@ def test_rae_encodes_and_decodes_by_the_published_formulas(hub):
     assert_close(shifted.encode(images), expected, rtol=1e-3, atol=1e-3)
     assert_close(shifted.decode(expected), codec.decode(z), rtol=1e-3, atol=1e-3)
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch owned",)
-
-def test_missing_damaged_or_evil_weights_are_named_with_address_and_place(hub, tmp_path):
+def test_missing_damaged_or_other_weights_are_named_with_address_and_place(hub, tmp_path):
     Image.new("RGB", (300, 260)).save(tmp_path / "x.jpg")
     line = f"encode.py --reconstruct x.jpg --codec rae --weights_dir {hub}"
     works(script(line, tmp_path))
@@ -534,18 +535,15 @@ def test_missing_damaged_or_evil_weights_are_named_with_address_and_place(hub, t
         file = hub / "checkpoints" / name
         whole = spoil(file)
         fails_clearly(script(line, tmp_path), file, url, "delete")
-        for content in (dict(nothing=torch.zeros(3)), dict(x=Evil())):
-            torch.save(content, file)
-            fails_clearly(script(line, tmp_path), file, url, "delete")
+        torch.save(dict(nothing=torch.zeros(3)), file)
+        fails_clearly(script(line, tmp_path), file, url, "delete")
         file.unlink()
         fails_clearly(script(line, tmp_path), file, url)
         file.write_bytes(whole)
-    assert not (tmp_path / "owned").exists()
     (hub / "facebookresearch_dinov2_main/hubconf.py").unlink()
     fails_clearly(script(line, tmp_path), hub / "facebookresearch_dinov2_main", encode.COMMIT)
 
 def test_processes_that_start_together_download_dinov2_once(hub, tmp_path):
-    """torch.hub deletes and unpacks its folder in every process that finds none."""
     draw_folder(tmp_path / "photos", each=1)
     works(script("train.py --dataset photos --codec rae --batch_size 2 --max_steps 1", tmp_path))
     (hub / "facebookresearch_dinov2_main").rename(tmp_path / "dinov2-x")
@@ -556,10 +554,8 @@ def download(url, path, *args, **kwargs):
     shutil.copy({archive!r}, path)
 torch.hub.download_url_to_file = download
 encode.ViTDecoder = functools.partial(encode.ViTDecoder, **{NARROW})"""
-    for line in ("encode.py --dataset photos --flip --codec rae", "sample.py --num_images 2"):
-        text = works(processes(f"{line} --weights_dir {hub}", tmp_path, patch=patch))
-        assert text.count("download https") == 1
-        shutil.rmtree(hub / f"facebookresearch_dinov2_{encode.COMMIT}")
+    text = works(processes(f"sample.py --num_images 2 --weights_dir {hub}", tmp_path, patch=patch))
+    assert text.count("download https") == 1
 
 def test_flowers_go_through_the_rae_from_archive_to_samples(hub, tmp_path):
     draw_flowers(tmp_path / "data/flowers")
@@ -584,6 +580,8 @@ def test_training_lowers_the_loss_and_writes_checkpoint_log_and_grids(copied):
     bins = [first[name] for name in first if name.startswith("loss_")]      # of the noise's law
     assert len(bins) == 6 and np.mean(bins) == pytest.approx(first["reconstruction"], rel=0.05)
     assert Image.open(out / "samples/step_000060.png").width > 64
+    curve = np.asarray(Image.open(out / "curve.png"))
+    assert curve.shape == (400, 800, 3) and len(np.unique(curve.reshape(-1, 3), axis=0)) > 6
     checkpoint = load(out / "ckpt.pt")
     assert checkpoint["step"] == 60 and list(checkpoint["model"]) == list(checkpoint["ema"])
     assert not any(key.startswith(("module.", "_orig_mod.")) for key in checkpoint["model"])
@@ -620,7 +618,6 @@ script.train_step = signalling""")
 
 @pytest.mark.parametrize("flags", ["--consistency_weight 0.5 ", DISTILL])
 def test_two_processes_train_as_one_does_and_end_equal(copied, flags):
-    """The same images, noise and order, compiled."""
     works(script(AGAIN + flags, copied))
     works(processes(TRAIN + flags + "--out_dir out/two", copied, patch="""
 made, make, main = [], script.make_model, script.main
@@ -651,37 +648,23 @@ def test_parts_and_live_encoding_follow_the_curve_of_the_cached_batch(copied, fl
     works(script(f"{AGAIN} {flags} {way}", copied))
     assert_same_curve(copied / "out/plain", copied / "out/again")
 
-def test_a_run_of_two_processes_goes_on_with_one_between_two_log_lines(copied):
-    works(processes(AGAIN + "--max_steps 6", copied))
-    works(script(AGAIN + "--resume --max_steps 8", copied))
-    assert [row["skipped"] for row in read_log(copied / "out/again")] == [0, 0, 0]
-
-def test_noise_is_the_same_however_the_batch_is_split():
-    s, config = train.settings_of(dict(batch_size=256)), model.ModelConfig(**TINY)
-    whole = train.draw(3, slice(0, 256), s, config, CPU)
-    for rows in (slice(64, 96), slice(70, 75)):
-        assert equal(train.draw(3, rows, s, config, CPU), [full[rows] for full in whole])
-
 def test_batches_go_through_every_image_once_an_epoch_in_an_order_of_their_own():
     seen = np.concatenate([train.batch_indexes(10, 4, step, seed=0) for step in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert not np.array_equal(seen[:10], seen[10:])
     assert not np.array_equal(seen[:4], train.batch_indexes(10, 4, 0, seed=1))
 
-def test_muon_steps_as_torchs_does_up_to_its_bf16():
-    torch.manual_seed(0)
-    ours, theirs = (nn.Parameter(torch.zeros(64, 24)) for _ in range(2))
-    muon = train.Muon([ours], dict(lr=1e-2, weight_decay=0.1))
-    other = torch.optim.Muon([theirs], lr=2e-2, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-    ours.grad = theirs.grad = torch.randn(64, 24)
-    for optimizer in (muon, other) * 5:
-        optimizer.step()
-    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+def test_muon_stays_in_float32_on_cpus(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda _: pytest.fail("slow without AMX"))
+    config, settings = model.ModelConfig(**TINY), train.settings_of({})
+    net, _, _, (muon, _) = train.make_model(config, settings, [], None, CPU, None, "off")
+    weight = net.blocks[0].mlp.w1.weight
+    before, weight.grad = weight.detach().clone(), torch.randn(weight.shape)
+    muon.step()
+    assert (weight - before).square().mean().sqrt().item() == pytest.approx(0.2e-3, rel=0.4)
 
-@pytest.mark.parametrize("fused", [True, False])                    # Apple's devices need False
-def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run(copied, monkeypatch, fused):
-    bad_steps, step, adamw = [5], train.train_step, torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: adamw(*a, **k | dict(fused=fused)))
+def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run(copied, monkeypatch):
+    bad_steps, step = [5], train.train_step
     def watched_step(ddp, ema, optimizers, number, s, batch, context):
         bad = number in bad_steps
         batch = batch[0] * (math.nan if bad else 1), *batch[1:]
@@ -692,32 +675,35 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run(copied, monke
         return result
     monkeypatch.setattr(train, "train_step", watched_step)
     works(script(AGAIN, copied), "1 skipped")
-    rows = read_log(copied / "out/again")
-    assert [row["skipped"] for row in rows] == [0, 1, 0]
-    assert all(math.isfinite(row["loss"]) for row in rows)
-    bad_steps += range(6, 15)
-    fails_clearly(script(AGAIN + "--max_steps 30", copied), "for 10 steps", "--resume --lr")
+    assert [row["skipped"] for row in read_log(copied / "out/again")] == [0, 1, 0]
+    bad_steps += range(6, 16)
+    fails_clearly(script(AGAIN + "--max_steps 30", copied), "for 11 steps", "--resume --lr")
     assert load(copied / "out/again/ckpt.pt")["step"] == 4          # from before the bad steps
     bad_steps.clear()
     works(script(AGAIN + "--resume --lr 1e-4", copied))
 
 def test_settings_given_on_resuming_take_effect_or_are_refused(copied):
     path = copied / "out/photos/ckpt.pt"
-    checkpoint = load(path)
-    checkpoint["optimizers"][-1]["param_groups"][0]["fused"] = False # as on Apple's devices
-    torch.save(checkpoint, path)
     line = TRAIN + "--resume --max_steps 14 "
     works(script(line + "--weight_decay 0.5", copied))
     groups = [group for one in load(path)["optimizers"] for group in one["param_groups"]]
-    assert [group["weight_decay"] for group in groups] == [0.5] * 2 and groups[1]["fused"]
+    assert [group["weight_decay"] for group in groups] == [0.5] * 2
     fails_clearly(script(line + "--preset S", copied), "ckpt.pt", "--preset tiny")
+    [_] = works(script(TRAIN + "--resume --max_steps 8", copied), "nothing is left").splitlines()
 
-def test_the_resume_command_keeps_every_flag_quotes_paths_and_knows_nodes(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data_dir", "my data", "--dtype", "float32"])
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    flags = "train.py --data_dir 'my data' --dtype float32 --resume"
-    assert train.command(8) == f"torchrun --nproc_per_node=8 {flags}"
-    assert "every node" in train.command(16) and flags in train.command(16)
+def test_fine_tuning_starts_from_the_weights_the_codec_and_the_rows_of_known_classes(copied):
+    draw_folder(copied / "data/others", ("three", "two"))
+    line = "train.py --dataset others --init_from out/photos/ckpt.pt --batch_size 4 --max_steps 1 "
+    works(script(line + "--lr 0", copied), "of 2 classes (1 known to out/photos/ckpt.pt)")
+    old, new = (load(copied / f"out/{name}/ckpt.pt") for name in ("photos", "others"))
+    assert new["codec"]["fingerprint"] == old["codec"]["fingerprint"]
+    weights = {name: (old["ema"][name], new["model"][name]) for name in old["ema"]}
+    before, after = weights.pop("classes.weight")                   # one, two, none
+    assert all(torch.equal(*pair) for pair in weights.values())
+    assert equal(before[1:], after[1:]) and not torch.equal(before[0], after[0])
+    fails_clearly(script(line + "--codec small64", copied), "photos/ckpt.pt", "--codec small")
+    fails_clearly(script("sample.py --ckpt out/photos --classes THREE", copied),
+                  "three: out/photos/ckpt.pt knows one, two; try --ckpt out/others/ckpt.pt")
 
 def test_full_disk_keeps_the_old_file_and_bugs_get_their_traceback(tmp_path, monkeypatch):
     path, real = tmp_path / "ckpt.pt", open
@@ -733,12 +719,13 @@ def test_full_disk_keeps_the_old_file_and_bugs_get_their_traceback(tmp_path, mon
 
 def test_sample_writes_grids_npz_and_folder_with_classes_in_equal_numbers(copied):
     for flags in ("--out a.npz", "--out folder", "", "--cfg_scale 3", "--cfg_skip 0", "--steps 1",
-                  "--pixel_loop", "--same_noise", "--dtype bfloat16", "--classes Two"):
+                  "--same_noise", "--dtype bfloat16", "--classes Two"):
         works(script(f"sample.py --num_images 6 {flags}", copied), "wrote")
-    assert len(list((copied / "out/photos").glob("grid*.png"))) == 8        # one each
+    assert len(list((copied / "out/photos").glob("grid*.png"))) == 7        # one each
     images, labels = np.load(copied / "a.npz").values()
     assert images.shape == (6, 32, 32, 3) and images.dtype == np.uint8
     assert labels.dtype == np.int64 and labels.tolist() == [0, 1] * 3
+    assert fid.open_set(copied / "folder")[0].labels.tolist() == [0, 1] * 3
     for i, image in enumerate(images):
         assert np.array_equal(Image.open(copied / f"folder/{i:06d}.png"), image)
 
@@ -755,12 +742,10 @@ def test_two_processes_make_the_very_images_that_one_makes(copied):
     assert np.abs(one - whole).max() <= 1 < np.abs(one - other).max()       # rounds by batch size
 
 def test_benches_print_rates_and_shares(copied):
-    text = works(script("sample.py --bench --batch_size 2", copied))
-    rows = [line.split() for line in text.splitlines()[2:]]
-    assert [row[:2] for row in rows] == [[n, guided] for n in "1246" for guided in ("no", "yes")]
-    assert float(rows[0][-1]) == 1 and float(rows[4][-1]) > 1.5     # three more trips to pixels
-    text = works(processes("train.py --bench --latent 16x8 --batch_size 4", copied))
-    assert text.count("images/s") == 1 and re.search(r"\d+% of ", text)
+    text = works(script("sample.py --bench --batch_size 2 --steps 6 --cfg_scale 1", copied))
+    assert float(re.search(r"([\d.]+) times the time", text)[1]) > 1.5      # five trips to pixels
+    text = works(processes("train.py --bench --batch_size 4", copied))
+    assert re.search(r"tiny x 2: \d+.\d+ images/s, .* TFLOP/s each", text)
 
 def test_filmstrips_show_steps_guidance_angles_and_the_way_between_samples(workspace):
     checkpoint = sample.load_checkpoint(workspace / "out/photos/ckpt.pt")
@@ -768,13 +753,24 @@ def test_filmstrips_show_steps_guidance_angles_and_the_way_between_samples(works
     def draw(**options):
         [images] = sample.sample_batches(*nets, torch.tensor([0, 1, 1]), 3, CPU, **options)
         return images.astype(int)
-    last, way = draw(), draw(view=sample.walk_to_the_next)
-    noisy, seen = draw(view=sample.turn_towards_noise)
+    last, way = draw(), draw(view=sample.walk_to_the_next, values=[0, 0.5, 1])
+    noisy, seen = draw(view=sample.turn_towards_noise, values=range(0, 91, 30))
     for one, other in (last, noisy[0]), (way[0], np.roll(way[-1], 1, 0)):
         assert np.abs(one - other).max() <= 1 < np.abs(noisy[3] - seen[3]).max()
     for kind, size in dict(steps=(4, 2), guidance=(6, 2), angle=(7, 4), slerp=(6, 2)).items():
         works(script(f"sample.py --filmstrip {kind} --out strip.png", workspace))
-        assert Image.open(workspace / "strip.png").size == (size[0] * 68 + 4, size[1] * 80 + 4)
+        assert Image.open(workspace / "strip.png").size == (size[0] * 100 + 4, size[1] * 112 + 4)
+
+def test_images_are_edited_by_class_and_angle_or_joined_by_slerp(copied):
+    line = "sample.py --init data/photos/one/0.png data/photos/two --out edit.png "
+    works(script(line + "--init_angle 0 60 90 --classes one two", copied), "14 images")
+    grid = np.asarray(Image.open(copied / "edit.png"))              # 7 images, two classes
+    original = encode.center_crop(encode.load_image(copied / "data/photos/two/5.png"), 32)
+    assert grid.shape == (14 * 112 + 4, 4 * 100 + 4, 3)
+    assert np.array_equal(grid[4 + 112 * 13:, 4:][:96:3, :96:3], original)
+    assert not np.array_equal(grid[:112, 100:200], grid[:112, 300:400])
+    works(script(line + "--filmstrip slerp", copied))
+    assert Image.open(copied / "edit.png").size == (6 * 100 + 4, 7 * 112 + 4)
 
 # ---------------------------------------------------------------------------------------- fid.py
 
@@ -878,22 +874,27 @@ def test_class_agreement_tells_images_of_the_class_asked_for_from_others(tmp_pat
     np.savez(tmp_path / "s.npz", arr_0=images, arr_1=wrong)
     values = measured("fid.py s.npz --metrics agreement --ref shapes", tmp_path)
     assert 0.4 < values["agreement"] < 0.6
+    draw_folder(tmp_path / "few", each=3)
+    fails_clearly(script("fid.py s.npz --metrics agreement --ref few", tmp_path), "50 images")
 
 # -------------------------------------------------------------------------- mistakes, and README
 
 MISTAKES = [    # a command line, and words of the line that it ends with
-    ("train.py --dataset empty", "empty: per class"), ("train.py --dataset void", "void/b: class"),
+    ("train.py --dataset empty", "empty: no images"), ("train.py --dataset void", "void/b: images"),
     ("train.py --distill none.pt", "none.pt train.py"),
     ("train.py --distill out/photos/ckpt.pt --preset S", "out/photos/ckpt.pt --preset tiny"),
-    ("train.py --max_angle 90", "--max_angle 90"), ("train.py --bench --latent 15x8", "15x8"),
+    ("train.py --max_angle 90", "--max_angle 90"), ("train.py --init_from cut.pt", "cut.pt"),
     ("train.py --batch_size 8 --accumulate 3", "--batch_size multiple 3"),
-    ("encode.py --dataset nowhere", "nowhere"), ("encode.py --dataset imagenet", "imagenet ln -s"),
+    ("encode.py --dataset nowhere", "nowhere"), ("encode.py --dataset imagenet", "imagenet README"),
     ("encode.py --dataset afhq", "dropbox.com"), ("train.py --dataset data/afhq", "call it afhq"),
-    ("encode.py --reconstruct nowhere", "nowhere no image"),
+    ("encode.py --reconstruct nowhere", "nowhere No such file"),
+    ("sample.py --init spoilt/b/2.png", "b/2.png fix"), ("sample.py --init empty", "empty"),
+    ("sample.py --init x.png", "x.png No such"), ("sample.py --init x --init_angle 91", "91"),
+    ("sample.py --cfg_scale -1", "--cfg_scale -1"), ("sample.py --cfg_scale 21", "--cfg_scale 21"),
     ("sample.py --steps 0", "--steps 0"), ("sample.py --classes unicorn", "unicorn one, two"),
     ("sample.py --device cuda:99", "cuda:99 auto cpu"), ("sample.py --out x.jpg", "x.jpg .png"),
     ("sample.py --filmstrip --out x.npz", "x.npz .png"), ("train.py --resume --out_dir x", "x/"),
-    ("sample.py --num_images 1 --out data/photos/one", "data/photos/one earlier"),
+    ("sample.py --num_images 1 --out data/photos/one", "data/photos/one new folder"),
     ("sample.py --ckpt none.pt", "none.pt train.py"), ("sample.py --ckpt text", "text train.py"),
     ("sample.py --ckpt cut.pt", "cut.pt train.py"),
     ("sample.py --ckpt other.pt", "other.pt train.py"), ("sample.py --ckpt old.pt", "old.pt 3"),
@@ -902,18 +903,17 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("fid.py wide.npz --ref good.npz", "wide.npz square"),
     ("fid.py one.npz --ref good.npz", "one.npz fewer than 2"),
     ("fid.py mixed --ref good.npz", "mixed one size"),
-    ("fid.py good.npz --ref nowhere", "nowhere no such dataset"),
+    ("fid.py good.npz --ref nowhere", "nowhere no such folder"),
     ("fid.py good.npz --ref nan.npz", "nan.npz NaN"),
     ("fid.py good.npz --ref keys.npz", "keys.npz foo, bar"),
     ("fid.py good.npz --features codec --ref narrow.npz", "narrow.npz 3 features 32"),
     ("fid.py good.npz --features codec --ref spoilt", "spoilt --codec_dataset"),
     ("fid.py good.npz --features codec --codec_dataset shapes --ref spoilt", "spoilt/b/2.png read"),
-    ("fid.py good.npz --metrics agreement --ref good.npz", "with classes labels of the samples"),
+    ("fid.py good.npz --metrics agreement --ref good.npz", "50 images labels of the samples"),
     ("fid.py good.npz --ref good.npz --weights_dir none", f"none {fid.WEIGHTS_URL} sha256")]
 
 @pytest.fixture(scope="session")
 def mistaken(workspace, tmp_path_factory):
-    """The workspace, and what can be wrong with files."""
     folder = shutil.copytree(workspace, tmp_path_factory.mktemp("mistaken") / "copy")
     for name in ("empty", "void/b"):
         (folder / name).mkdir(parents=True)
