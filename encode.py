@@ -580,7 +580,7 @@ def open_cache(name, codec, flip, device, args, key=""):
         cache = Cache(parent / f"{name}-{cache_key(made_from)}", dataset.classes,
                       np.tile(dataset.labels, 1 + flip), codec.latent_shape, made_from)
         if not cache.folder.name.endswith(key):
-            raise UserError(f"{parent}: the images have changed; train again in another --out_dir")
+            raise UserError(f"{parent}: the images have changed; start a new run (see --init_from)")
         return cache, None if any(other.folder == cache.folder for other in caches) else dataset
     cache, dataset = from_first(find)
     if dataset:
