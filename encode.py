@@ -71,7 +71,8 @@ def write_file(path, write):
             raise
         raise UserError(f"{path}: {cause.strerror}; fix that and run the command again") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if os.path.exists(temporary):
+            temporary.unlink()
 
 def join(args):
     """Join the other processes, if torchrun started several: (rank, world size, device)."""
@@ -166,7 +167,7 @@ def center_crop(image, size):       # ADM's: halve while twice too large, scale,
     return image.crop((left, top, left + size, top + size))
 
 def load_image(path):               # as a PIL image in RGB, upright, transparency on white
-    remedy = "fix or delete it (encode.py and train.py can --skip_bad)"
+    remedy = "check, fix or delete it (encode.py and train.py can --skip_bad)"
     with reading(f"{path}: cannot be read", remedy), Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):                          # convert() would clip 16-bit grey
@@ -222,7 +223,7 @@ def obtain(folder, url, md5):       # download an archive, and unpack the folder
     temporary = folder.with_name(f".{folder.name}.tmp")
     download(url, archive, md5)
     safely = {} if archive.suffix == ".zip" else {"filter": "data"}             # zip has none
-    with reading(f"{archive}: cannot be unpacked", "delete it and run the command again"):
+    with reading(f"{archive}: cannot be unpacked", "delete it and try again"):
         shutil.unpack_archive(archive, temporary, **safely)
         next(temporary.rglob(folder.name)).rename(folder)
     shutil.rmtree(temporary)
@@ -246,22 +247,22 @@ def list_flowers(folder):           # Oxford's jpg -> classes, labels, paths
     names = (ASSETS / "flowers.txt").read_text().splitlines()
     return [names[i - 1] for i in numbers], labels, paths
 
-def list_classes(folder):           # a class of each sub-folder, or one of all -> the same three
+def list_classes(folder):           # a class per sub-folder, or one of all -> the same three
     files = {sub.name: list_images(sub) for sub in sorted(folder.glob("[!._]*")) if sub.is_dir()}
     files = {name: paths for name, paths in files.items()
              if paths or name.rpartition("-")[0] not in CODECS}                 # those are latents
     loose = [str(file) for file in sorted(folder.glob("[!.]*")) if file.suffix.lower() in SUFFIXES]
     if loose and any(files.values()):
         raise UserError(f"{loose[0]}: lies beside {', '.join(files)}; move it into one of them")
-    files = {folder.name: loose} if loose else files
+    others = list_images(folder, (".heic", ".avif", ".tif", ".tiff", ".bmp", ".gif"))
+    if others:
+        print(f"{len(others)} files left out, {others[0]} for one; convert them to PNG")
+    files = {Path(os.path.abspath(folder)).name: loose} if loose else files
     empty = [folder / name for name in files if not files[name]]
     if empty or not files:
         raise UserError(f"{[*empty, folder][0]}: holds no images ({', '.join(SUFFIXES)})")
-    others = list_images(folder, (".heic", ".avif", ".tif", ".tiff", ".bmp", ".gif"))
-    if others:
-        print(f"{others[0]}, {len(others)} such files in all: left out; convert them to PNG")
     labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
-    return list(files), labels, sum(files.values(), [])
+    return list(files), labels, list(itertools.chain(*files.values()))
 
 def dataset_place(dataset, data_dir):       # its name, and the folder of its images, if any
     if dataset in NAMED:
@@ -431,9 +432,7 @@ class SmallCodec(nn.Module):
 
 SMALL_CODECS = {"small": 32, "small64": 64}                     # name -> image size
 CODECS = (*SMALL_CODECS, *RAES)
-
-def default_codec(dataset):
-    return "rae" if dataset in NAMED and dataset != "shapes" else "small"
+CODEC_OF = {"flowers": "rae", "afhq": "rae", "imagenet": "rae"}     # others: small
 
 def load_codec(name, weights=None, device="cpu", decoder=True):
     """A frozen codec; weights: a small one's state dict or its file, by default that for shapes."""
@@ -470,7 +469,7 @@ def fit_codec(images, name="small", steps=1500, batch_size=128, seed=0, device="
     optimizer = torch.optim.AdamW(codec.parameters(), betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps,
                                                    pct_start=min(0.3, 300 / steps))
-    with contextlib.suppress(KeyboardInterrupt):                # Ctrl-C: what there is must do
+    with contextlib.suppress(KeyboardInterrupt if WORLD == 1 else ()):      # what there is must do
         for _ in tqdm(range(steps), desc="fitting the small codec", unit="step", mininterval=1):
             x = to_float(images[torch.randint(len(images), (batch_size,))], device)
             z = codec.encode(x)
@@ -554,7 +553,7 @@ def write_chunks(cache, dataset, codec, device, args):      # those of this proc
     todo = [k for k in cache.chunks()[RANK::WORLD] if not cache.path(k).exists()]
     rows = [range(len(cache.labels))[k * CHUNK:(k + 1) * CHUNK] for k in todo]
     loaded = dataset.batches(rows, codec.image_size, args.workers, args.skip_bad)
-    bar = tqdm(todo, desc="encoding", unit="image", unit_scale=CHUNK, disable=RANK > 0)
+    bar = tqdm(todo, desc="encoding", unit="chunk", disable=RANK > 0)
     for k, images in zip(bar, loaded):
         latents = np.full((len(images), *cache.shape), np.nan, np.float16)
         good = [i for i, image in enumerate(images) if image is not None]
@@ -614,7 +613,7 @@ def reconstruct(name, codec, device, args):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--dataset", default="shapes", help="or flowers, afhq, imagenet, or a folder of classes")
+    add("--dataset", default="shapes", help="or flowers, afhq, imagenet, or a folder")
     add("--codec", choices=CODECS, help="default: rae for flowers, afhq and imagenet, else small")
     add("--flip", action="store_true", help="encode the mirrored images, too, in twice the space")
     add("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
@@ -624,7 +623,7 @@ def main():
     add("--out", default="out/reconstruction.png", help="the picture that this writes")
     args = parser.parse_args()
     _, _, device = join(args)
-    name = args.codec or ("small" if args.fit else default_codec(args.dataset))
+    name = args.codec or ("small" if args.fit else CODEC_OF.get(args.dataset, "small"))
     if args.fit and name in RAES:
         raise UserError(f"--fit: {name} comes with its weights; use --codec small or small64")
     codec = prepare_codec(name, args, device, args.fit)

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from encode import (CODECS, SUFFIXES, Dataset, UserError, codec_path, find_dataset, find_images,
+from encode import (CODECS, Dataset, UserError, codec_path, find_dataset, find_images,
                     join, load_codec, make_parser, reading, run, to_float, write_file)
 
 NEEDS = {       # metric -> what it is left out without
     "fid": "a reference", "sfid": "--features inception, and mu_s and sigma_s of statistics",
     "is": "--features inception", "precision": "4 images in each", "recall": "4 images in each",
-    "agreement": "a reference with 50 images of each of its classes, and labels of the samples"}
+    "agreement": "labels of the samples, and a reference of the same classes, 50 images each"}
 METRICS = tuple(NEEDS)
 KEPT_SAMPLES, KEPT_REFERENCES = 50_000, 10_000  # compared for precision and recall, as by ADM
 SPLIT = 5000                                    # images in a split of the Inception Score
@@ -168,7 +168,7 @@ def precision_recall(samples, reference, k=3, block=1 << 25):
         rows = max(1, block // len(b))          # of the distances (len(a), len(b)) at a time
         radii = torch.cat([torch.cdist(x, b).kthvalue(k + 1).values for x in b.split(rows)])
         inside = torch.cat([(torch.cdist(x, b) <= radii).any(1) for x in a.split(rows)])
-        return inside.double().mean().item()
+        return inside.float().mean().item()
 
     with full_float32(samples.device):
         return share_inside(samples, reference), share_inside(reference, samples)
@@ -291,12 +291,12 @@ def open_set(where, data_dir="data"):
     """(Dataset of the images, statistics) of an npz, a folder of images, or a dataset."""
     path = Path(where)
     if path.suffix != ".npz":
-        if not any(file.suffix.lower() in SUFFIXES for file in path.glob("*")):
+        file = path / "labels.txt"              # in folders that sample.py has written
+        if not file.exists():
             return find_dataset(where, data_dir), {}
-        dataset, file = find_images(path), path / "labels.txt"
-        if file.exists():                       # sample.py has written it
-            with reading(f"{file}: doesn't fit the images", "delete it, or sample again"):
-                dataset.labels[:] = np.loadtxt(file, int)
+        dataset = find_images(path)
+        with reading(f"{file}: doesn't fit the images", "move it away, or sample again"):
+            dataset.labels[:] = np.loadtxt(file, int).reshape(len(dataset))
         return dataset, {}
     with (reading(f"{path}: unusable", "write it with sample.py --out, or download it again"),
           np.load(path) as archive):
@@ -379,8 +379,8 @@ def main():
             write_file(args.save_stats, lambda file: np.savez(file, **reference))
         batches = image_batches(samples, size, args.workers)
         values = evaluate(batches, len(samples), extractor, reference, args.metrics)
-    learnable = 1 < len(dataset.classes) <= len(dataset) / 50
-    if "agreement" in args.metrics and learnable and samples.labels.min() >= 0:
+    labelled = samples.labels.min() >= 0 and samples.classes in ([], dataset.classes)
+    if "agreement" in args.metrics and labelled and 1 < len(dataset.classes) <= len(dataset) / 50:
         values["agreement"], values["agreement_real"] = agreement(dataset, samples, args.workers)
 
     left_out = {name: NEEDS[name] for name in args.metrics if name not in values}

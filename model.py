@@ -289,8 +289,8 @@ def generate(model, labels, steps=4, cfg_scale=1.0, cfg_skip=0, same_noise=False
     cfg_skip: how many first steps go without, for it overshoots there; never the last two.
     noise: (steps, B, T, C), or None to draw it with `generator`. same_noise: use the first one at
     every step. between: a function applied to the prediction between steps. init: (B, T, C) latents
-    to edit: turned by init_angle (0 to 90 degrees) towards noise, they replace the steps from more
-    noise than that. Returns (B, T, C) float32; with return_all that of each step taken, stacked.
+    to edit: turned by init_angle (0 to 90 degrees) towards noise, steps from more noise than that
+    are skipped. Returns (B, T, C) float32; with return_all that of each step taken, stacked.
     Source: paper, few-step sampling; init as in SDEdit, arXiv 2108.01073.
     """
     config, device = model.config, labels.device
@@ -309,7 +309,7 @@ def generate(model, labels, steps=4, cfg_scale=1.0, cfg_skip=0, same_noise=False
         e, tangent = noise[0 if same_noise else step], tangents[step]
         if x is None:
             v = to_sphere(e) if config.sphere else limit * e
-        elif same_noise and config.sphere:      # x is much like its noise: keep the common part
+        elif same_noise and config.sphere and outputs:      # x resembles its noise; keep that
             v = to_sphere(to_sphere(x) + tangent * to_sphere(e))
         else:
             v = rotate(x, e, math.atan(tangent), config.sphere)

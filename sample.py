@@ -25,7 +25,7 @@ from encode import (UserError, autocast, find_images, fingerprint, from_first, j
                     write_file)
 from model import Denoiser, ModelConfig, generate, rotate, to_sphere
 
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5
 SAMPLING = ("steps", "cfg_scale", "cfg_skip", "same_noise")     # settings that train.py stores
 
 # ------------------------------------------------------------------------- checkpoint to images
@@ -183,7 +183,7 @@ def main():
     add("--out", help="a grid (.png), an .npz or a folder of PNGs; default: grid_FLAGS.png")
     add("--filmstrip", nargs="?", const="steps", choices=[*FILMSTRIPS][:4], help="of each image")
     add("--init", nargs="+", metavar="PATH", help="images, or folders of them, to edit")
-    add("--init_angle", nargs="+", type=within(float, 0, 90), default=[60], help="noise; 60")
+    add("--init_angle", nargs="+", type=within(float, 0, 90), default=[60], help="degrees; 60")
     add("--steps", type=within(int, 1), default=SUPPRESS, help="default: 4; 1 where distilled")
     add("--cfg_scale", type=within(float, 0, 20), default=SUPPRESS, help="guidance; 1 for none")
     add("--cfg_skip", type=within(int, 0), default=SUPPRESS, help="first steps without guidance")
@@ -218,7 +218,7 @@ def main():
             names = [Path(file).stem for file in images.source]
         loaded = [images.load(i, codec.image_size) for i in range(len(images))]
         more |= dict(init=np.repeat(loaded, each, 0), init_angle=args.init_angle[0])
-    flags = re.sub(r"[^\w.,]+", "_", "".join(sys.argv[1:]))   # the picture is named after them
+    flags = re.sub(r"[^\w.,]+", "_", " ".join(sys.argv[1:]))   # the picture is named after them
     out = Path(args.out or path.parent / f"grid{flags[:150]}.png")
     suffix = out.suffix.lower()
     if (suffix in (".jpg", ".jpeg", ".webp", ".gif", ".npy") or (kind and suffix != ".png")

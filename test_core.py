@@ -307,7 +307,7 @@ def test_a_folder_of_images_alone_is_one_class_and_mixtures_are_refused(tmp_path
     folder = draw_folder(tmp_path / "data", ("pets",), each=3) / "pets"
     (folder / "photo.HEIC").write_bytes(b"not for Pillow")
     line = "train.py --dataset pets --batch_size 4 --max_steps 20 --fit_steps 1"
-    works(script(line, tmp_path), "photo.HEIC, 1 such", "fitting a codec to 3 images")
+    works(script(line, tmp_path), "photo.HEIC for one", "fitting a codec to 3 images")
     checkpoint, rows = load(tmp_path / "out/pets/ckpt.pt"), read_log(tmp_path / "out/pets")
     assert checkpoint["classes"] == ["pets"] and checkpoint["settings"]["cfg_scale"] == 1
     assert [row["step"] for row in rows] == list(range(2, 21, 2))

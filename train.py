@@ -1,12 +1,12 @@
 """Train the denoiser on cached latents.
 
     python train.py                                              # the drawn shapes, on a CPU
-    torchrun --nproc_per_node=8 train.py --dataset flowers       # --batch_size is their sum
+    torchrun --nproc_per_node=8 train.py --dataset flowers       # --batch_size is of all
     python train.py --resume                                     # go on after an interruption
     python train.py --distill out/shapes/ckpt.pt                 # then: draw in one pass
 
 Encodes the dataset first if need be. Writes ckpt.pt, log.csv, curve.png and samples/ to out_dir.
-Interrupting a run, or splitting it over devices, changes nothing; Ctrl-C saves before it ends it.
+Interrupting a run, or splitting it over devices, changes nothing; Ctrl-C saves before it stops.
 """
 import argparse
 import copy
@@ -28,8 +28,8 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from encode import (CODECS, SMALL_CODECS, UserError, autocast, cache_key, dataset_place,
-                    default_codec, find_dataset, fingerprint, from_first, join, make_parser,
+from encode import (CODEC_OF, CODECS, SMALL_CODECS, UserError, autocast, cache_key, dataset_place,
+                    find_dataset, fingerprint, from_first, join, make_parser,
                     open_cache, prepare_codec, run, to_float, within, write_file)
 from model import (PRESETS, Denoiser, Distillation, ModelConfig, distribution_matching, flops,
                    largest_angle, losses, noise_angle)
@@ -44,10 +44,10 @@ def flag(default, help, **options):
 @dataclass(frozen=True)
 class Settings:
     """What makes a run what it is: every field is a flag, and is stored in the checkpoint."""
-    dataset: str = flag("shapes", "shapes, flowers, afhq, imagenet, or a folder of class folders")
-    distill: str = flag("", "checkpoint to make a generator of one pass from", metavar="CKPT")
+    dataset: str = flag("shapes", "shapes, flowers, afhq, imagenet, or a folder of images")
+    distill: str = flag("", "checkpoint to make a one-step generator of", metavar="CKPT")
     init_from: str = flag("", "checkpoint to start from, with its codec", metavar="CKPT")
-    teacher_cfg: float = flag(1.0, "guidance of the distilled", type=within(float, 0, 20))
+    teacher_cfg: float = flag(1.0, "guidance of the one distilled", type=within(float, 0, 20))
     preset: str = flag("tiny", "size of the denoiser", choices=PRESETS)
     codec: str = flag("small", "frozen autoencoder", choices=CODECS)
     flip: bool = flag(False, "train on mirrored images, too", action=argparse.BooleanOptionalAction)
@@ -64,7 +64,7 @@ class Settings:
     sphere: bool = flag(True, "project noisy latents", action=argparse.BooleanOptionalAction)
     max_angle: float = flag(0.0, "degrees of most noise; 0: by size", type=within(float, 0, 89.99))
     angle_mean: float = flag(0.0, "mean of the logit-normal law of the noise", type=float)
-    angle_std: float = flag(1.0, "spread of that law", type=within(float, 0))
+    angle_std: float = flag(1.0, "spread of that law", type=within(float, 0.01))
     consistency_weight: float = flag(0.1, "of that loss; 0 saves its pass", type=within(float, 0))
     cfg_scale: float = flag(1.5, "guidance of sampling", type=within(float, 0, 20))
     cfg_skip: int = flag(0, "first sampling steps without guidance", type=within(int, 0))
@@ -89,7 +89,7 @@ DATASET_SETTINGS = {
 DISTILL_SETTINGS = dict(        # instead of those of the checkpoint that it starts from
     optimizer="adamw", lr=1.5e-4, weight_decay=0, warmup=1, ema_decay=0.99, label_dropout=0,
     steps=1, cfg_scale=1, batch_size=64, max_steps=600, save_every=100, sample_every=100)
-FIXED = ("preset", "codec", "sphere", "max_angle")              # by the checkpoint started from
+FIXED = ("preset", "codec", "sphere", "max_angle", "angle_mean", "angle_std")   # by the start
 RESUMED = (*FIXED, "distill", "flip", "seed", "batch_size", "optimizer")
 BINS = 6                        # the loss is also logged for sixths of the noise angles
 NOISE_BLOCK = 16                # images whose noise is drawn together
@@ -99,9 +99,9 @@ def settings_of(flags):
     source = flags.get("distill") or flags.get("init_from")
     start = load_checkpoint(source)["settings"] if source else {}
     if start.get("distill") or flags.get("distill") and not start["sphere"]:
-        raise UserError(f"{source}: is distilled already, or was not on the sphere")
+        raise UserError(f"{source}: is distilled already, or was trained with --no-sphere")
     dataset = flags.get("dataset", "shapes")
-    values = dict(codec=default_codec(dataset)) | DATASET_SETTINGS.get(dataset, {})
+    values = dict(codec=CODEC_OF.get(dataset, "small")) | DATASET_SETTINGS.get(dataset, {})
     values |= {name: start[name] for name in FIXED if start} | flags
     values = PRESET_SETTINGS.get(values.get("preset", "tiny"), {}) | values
     if "distill" in flags:
@@ -177,7 +177,7 @@ def make_model(config, settings, classes, start, device, nccl, compile_when):
         matrices = [others.pop(name) for name, weight in [*others.items()]
                     if name.startswith("blocks") and weight.ndim == 2 and "adaln" not in name]
         muon = torch.optim.Muon([dict(params=matrices, faster=2)], adjust_lr_fn="match_rms_adamw")
-        if device.type == "cpu":                # where its bf16 can be twenty times slower
+        if device.type != "cuda":               # float32: bf16 can be twenty times slower there
             muon.step = patch.object(torch.Tensor, "bfloat16", torch.Tensor.float)(muon.step)
         optimizers.append(muon)
     groups = [dict(params=others.values())]
@@ -280,7 +280,7 @@ def command(world, resume=True):
 
 def set_aside(out_dir):
     """Move what an earlier run has written to a folder of its own."""
-    names = "ckpt.pt", "log.csv", "samples", "*.png"
+    names = "ckpt.pt*", "log.csv", "samples", "*.png"
     files = [file for name in names for file in out_dir.glob(name)]
     if files:
         aside = out_dir / time.strftime("earlier_%Y-%m-%d_%H.%M.%S")
@@ -304,18 +304,18 @@ def report(out_dir, log, settings):
     write_png(out_dir / "curve.png", draw_curve(log))
     step, row = log[-1]["step"], log[-1]
     left = (settings.max_steps - step) * settings.batch_size / row["images_per_s"] / 60
-    shown = [f"{value:.4g} {name}" for name, value in list(row.items())[1:8] if value > 0]
+    shown = [f"{value:.4g} {name}" for name, value in list(row.items())[1:8] if value != 0]
     print(f"step {step:6d}/{settings.max_steps}  {left:.1f} min left", *shown, sep="  ", flush=True)
 
 def draw_curve(log):
     """The loss by noise angle over the steps, on a logarithmic scale: an image 800 pixels wide."""
     names = [name for name in log[0] if name.startswith("loss_")]
-    losses = np.log([[row[name] for name in names] for row in log])             # (rows, BINS)
-    low, high = np.nanmin(losses), np.nanmax(losses) + 1e-3
+    values = np.log([[row[name] for name in names] for row in log])             # (rows, BINS)
+    low, high = np.nanmin(values), np.nanmax(values) + 1e-3
     picture = Image.new("RGB", (800, 400), "white")
     canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     x = [60 + 600 * row["step"] / log[-1]["step"] for row in log]
-    for k, y in enumerate((20 + 340 * (high - losses) / (high - low)).T):       # one a line
+    for k, y in enumerate((20 + 340 * (high - values) / (high - low)).T):       # one a line
         colour = f"hsl({55 * k}, 80%, 40%)"
         canvas.line([(a, b) for a, b in zip(x, y) if b >= 0], colour, 2)        # b: perhaps nan
         canvas.text((680, 140 - 20 * k), names[k][5:].replace("_", " to ") + "°", colour, font)
@@ -331,16 +331,16 @@ def main():
     context = functools.partial(autocast, device, args.dtype)
     settings = settings_of(flags)
     name = dataset_place(settings.dataset, args.data_dir)[0] + "-distilled" * bool(settings.distill)
+    name += "-tuned" * (Path(settings.init_from) == Path("out") / name / "ckpt.pt")
     out_dir = args.out_dir or Path("out") / name
     path = out_dir / "ckpt.pt"
     source = path if args.resume else settings.distill or settings.init_from
     start = load_checkpoint(source) if source else None
     if args.resume:
         settings = Settings(**start["settings"] | flags)
-    for name in (RESUMED if args.resume else FIXED) if start else ():
-        if vars(settings)[name] != start["settings"][name]:
-            raise UserError(f"{source}: was trained with --{name} {start['settings'][name]}; drop "
-                            f"--{name}, or start a new run in another --out_dir")
+    for setting in (RESUMED if args.resume else FIXED) if start else ():
+        if vars(settings)[setting] != start["settings"][setting]:
+            raise UserError(f"{source}: has --{setting} {start['settings'][setting]}; drop yours")
     if settings.batch_size % (world * settings.accumulate):
         raise UserError(f"--batch_size: must be a multiple of {world * settings.accumulate}")
     if args.bench:
@@ -355,7 +355,7 @@ def main():
     weights = codec.state_dict() if settings.codec in SMALL_CODECS else None
     saved_codec = dict(name=settings.codec, fingerprint=fingerprint(codec), weights=weights)
     read, count, classes, key = open_data(settings, rows, start, codec, device, context, args)
-    if len(classes) == 1 and "cfg_scale" not in flags:
+    if len(classes) == 1 and not args.resume and "cfg_scale" not in flags:
         settings = replace(settings, cfg_scale=1.0)         # guidance needs two
     config = ModelConfig(*codec.latent_shape, len(classes), sphere=settings.sphere,
                          max_angle=settings.max_angle or largest_angle(*codec.latent_shape),
@@ -371,12 +371,12 @@ def main():
         for new, old in zip(optimizers, start["optimizers"]):
             new.load_state_dict(new.state_dict() | dict(state=copy.deepcopy(old["state"])))
         stats += start["stats"].to(device) * (rank == 0)
-    old = f" ({len(set(classes) & set(start['classes']))} known to {source})" if start else ""
+    known = f" ({len(set(classes) & set(start['classes']))} known to {source})" if start else ""
     del start                                               # lets go of the file
     if rank == 0:
         if not step:
             set_aside(out_dir)
-        print(f"{count:,} images of {len(classes)} classes{old}, latents {config.tokens}x"
+        print(f"{count:,} images of {len(classes)} classes{known}, latents {config.tokens}x"
               f"{config.channels}, {world} x {device.type}, from step {step}\n{settings}")
 
     # the loop
