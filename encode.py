@@ -167,8 +167,7 @@ def center_crop(image, size):       # ADM's: halve while twice too large, scale,
     return image.crop((left, top, left + size, top + size))
 
 def load_image(path):               # as a PIL image in RGB, upright, transparency on white
-    remedy = "check, fix or delete it (encode.py and train.py can --skip_bad)"
-    with reading(f"{path}: cannot be read", remedy), Image.open(path) as file:
+    with reading(f"{path}: cannot be read", "fix it, or --skip_bad it"), Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):                          # convert() would clip 16-bit grey
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
@@ -234,7 +233,10 @@ def list_images(folder, suffixes=SUFFIXES):     # and of its sub-folders
 
 def find_images(*places):           # files, or folders of them -> a Dataset without labels
     paths = [path for place in places for path in list_images(place) or [str(place)]]
-    return Dataset("", [], np.full(len(paths), -1), paths)      # what isn't there fails in load
+    for path in paths:
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: no such image, nor a folder that holds any")
+    return Dataset("", [], np.full(len(paths), -1), paths)
 
 def list_flowers(folder):           # Oxford's jpg -> classes, labels, paths
     file, paths = folder.with_name("imagelabels.mat"), list_images(folder)
@@ -253,7 +255,7 @@ def list_classes(folder):           # a class per sub-folder, or one of all -> t
              if paths or name.rpartition("-")[0] not in CODECS}                 # those are latents
     loose = [str(file) for file in sorted(folder.glob("[!.]*")) if file.suffix.lower() in SUFFIXES]
     if loose and any(files.values()):
-        raise UserError(f"{loose[0]}: lies beside {', '.join(files)}; move it into one of them")
+        raise UserError(f"{loose[0]}: beside {', '.join(files)}; put all into folders, or none")
     others = list_images(folder, (".heic", ".avif", ".tif", ".tiff", ".bmp", ".gif"))
     if others:
         print(f"{len(others)} files left out, {others[0]} for one; convert them to PNG")
@@ -283,7 +285,7 @@ def find_dataset(dataset, data_dir="data"):
     if not folder.is_dir() and dataset in NAMED and NAMED[dataset][1]:
         obtain(folder, *NAMED[dataset][1:])
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; put the images there, or see the README, Data")
+        raise UserError(f"{folder}: no such folder; make it, or take shapes, flowers or afhq")
     classes, labels, paths = (list_flowers if dataset == "flowers" else list_classes)(folder)
     listing = [f"{os.path.relpath(path, folder)} {os.lstat(path).st_size} {label}"
                for path, label in zip(paths, labels)]
@@ -501,8 +503,8 @@ def prepare_codec(name, args, device, fit=False):
             images = next(dataset.batches([rows], SMALL_CODECS[name], args.workers, args.skip_bad))
             with reading(f"{folder}: no readable images", "replace them"):
                 images = np.stack([image for image in images if image is not None])
-            print(f"{place}: fitting a codec to {len(images):,} images, once; it takes minutes on "
-                  "a CPU (see --fit_steps); Ctrl-C goes on with what there is", flush=True)
+            print(f"{place}: fitting a codec to {len(images):,} images, once; minutes on a CPU "
+                  "(see --fit_steps); Ctrl-C ends it early and takes the codec so far", flush=True)
             codec = fit_codec(images, name, args.fit_steps, device=device)
             path = Path(args.data_dir, place, f"{name}-{fingerprint(codec)[:8]}.pt")
             write_file(path, lambda file: torch.save(codec.half().state_dict(), file))
@@ -607,8 +609,7 @@ def reconstruct(name, codec, device, args):
     ImageDraw.Draw(picture).text((2, 1), "originals", "black")
     ImageDraw.Draw(picture).text((2, picture.height - 13), "reconstructions", "black")
     write_file(args.out, lambda file: picture.save(file, format="PNG"))
-    print(f"{args.out}: by codec {name} ({args.dataset}, {codec.image_size} pixels); PSNR "
-          f"{psnr:.2f} dB, mean of {len(images)}")
+    print(f"{args.out}: codec {name} ({args.dataset}), PSNR {psnr:.2f} dB, mean of {len(images)}")
 
 def main():
     parser = make_parser(__doc__)

@@ -357,7 +357,7 @@ def main():
     args = parser.parse_args()
     _, _, device = join(args)
     if args.ref is None and args.metrics != ["is"]:
-        raise UserError("--ref is needed for all but --metrics is")
+        raise UserError("--ref: only the Inception Score (--metrics is) does without")
     samples, _ = open_set(args.samples, args.data_dir)
     dataset, statistics = open_set(args.ref or args.samples, args.data_dir)
     if len(samples) < 2 or len(dataset) == 1:

@@ -103,7 +103,7 @@ def walk_to_the_next(model, labels, values, init=None, **options):
 
 FILMSTRIPS = {      # how to draw the latents, what the columns stand for, captions of the rows
     "steps": (functools.partial(generate, return_all=True), [], ["step {} {}"]),
-    "guidance": (functools.partial(vary, option="cfg_scale"), [1, 1.5, 2, 3, 4, 6], ["x{} {}"]),
+    "guidance": (functools.partial(vary, option="cfg_scale"), [1, 1.5, 2, 3, 4, 6], ["cfg {} {}"]),
     "angle": (turn_towards_noise, range(0, 91, 15), ["{}° noisy {}", "{}° denoised {}"]),
     "slerp": (walk_to_the_next, [0, 0.2, 0.4, 0.6, 0.8, 1], ["{:.0%} {} to {}"]),
     "edit": (functools.partial(vary, option="init_angle"), [], ["{} {}"])}      # --init_angle
@@ -177,7 +177,7 @@ def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--ckpt", type=Path, default="out", help="a file, or a folder: its newest; default: out")
-    add("--num_images", type=within(int, 1), help="default: 8 of each class, at most 80")
+    add("--num_images", type=within(int, 1), help="default: 8 a class; with --init, for each")
     add("--classes", nargs="+", help="names or numbers, drawn in equal numbers; default: all")
     add("--seed", type=within(int, 0), default=0, help="of the noise; default: 0")
     add("--out", help="a grid (.png), an .npz or a folder of PNGs; default: grid_FLAGS.png")
@@ -215,14 +215,14 @@ def main():
         labels, count = labels[:each].repeat(len(images)), each * len(images)
         names *= len(images)
         if kind == "slerp":
-            names = [Path(file).stem for file in images.source]
+            names = [Path(file).stem[-5:] for file in images.source]
         loaded = [images.load(i, codec.image_size) for i in range(len(images))]
         more |= dict(init=np.repeat(loaded, each, 0), init_angle=args.init_angle[0])
     flags = re.sub(r"[^\w.,]+", "_", " ".join(sys.argv[1:]))   # the picture is named after them
     out = Path(args.out or path.parent / f"grid{flags[:150]}.png")
     suffix = out.suffix.lower()
     if (suffix in (".jpg", ".jpeg", ".webp", ".gif", ".npy") or (kind and suffix != ".png")
-            or (not suffix and any(out.glob("*.png")))):
+            or (not suffix and any(out.glob("*")))):
         raise UserError(f"--out {out}: must be a .png, or for plain samples an .npz or new folder")
 
     at_once = count if kind == "slerp" else args.batch_size     # its rows form a ring
@@ -240,7 +240,7 @@ def main():
         columns = values or range(1, 1 + len(strips))
         if kind == "edit":
             strips = np.stack([more["init"], *strips])
-            columns = ["original for", *(f"{angle:g}°" for angle in values)]
+            columns = ["input for", *(f"{angle:g}°" for angle in values)]
         images = np.moveaxis(strips, -4, 0).reshape(-1, *strips.shape[-3:])
         captions = [row.format(column, *both) for both in zip(names, names[1:] + names)
                     for row in rows for column in columns]

@@ -116,7 +116,7 @@ def parse_args():
     add("--out_dir", type=Path, help="where to write; default: out/<dataset>")
     add("--resume", action="store_true", help="continue the run in out_dir")
     add("--live", action="store_true", help="encode each batch as it is needed, without a cache")
-    add("--fit_steps", type=within(int, 1), default=1500, help="of the codec, if one is fitted")
+    add("--fit_steps", type=within(int, 1), default=1500, help="to fit a codec, if there is none")
     add("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
     add("--compile", default="auto", choices=["auto", "on", "off"], help="auto: on CUDA")
     add("--bench", action="store_true", help="time steps on random latents instead of training")
