@@ -285,7 +285,7 @@ def find_dataset(dataset, data_dir="data"):
     if not folder.is_dir() and dataset in NAMED and NAMED[dataset][1]:
         obtain(folder, *NAMED[dataset][1:])
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; make it, or take shapes, flowers or afhq")
+        raise UserError(f"{folder}: no such folder; put images there, or take shapes or flowers")
     classes, labels, paths = (list_flowers if dataset == "flowers" else list_classes)(folder)
     listing = [f"{os.path.relpath(path, folder)} {os.lstat(path).st_size} {label}"
                for path, label in zip(paths, labels)]
