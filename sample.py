@@ -1,7 +1,6 @@
 """Draw images in a few steps from a trained denoiser; the decoder runs once, at the end.
 
     python sample.py --steps 4                                   # the newest run's, as a grid
-    python sample.py --classes star ring --cfg_scale 2 --seed 7 --out stars.png
     torchrun --nproc_per_node=8 sample.py --num_images 50000 --out samples.npz    # or samples/
     python sample.py --init photo.png --init_angle 60 --classes rose             # edit an image
 """
@@ -90,9 +89,10 @@ def vary(model, labels, option, values, **options):
 def turn_towards_noise(model, labels, noise, values, **options):
     """Latents turned by degrees, and what the denoiser makes of them: (2, values, B, T, C)."""
     z = generate(model, labels, noise=noise, **options)
+    length = z.pow(2).mean((1, 2), keepdim=True).sqrt()         # predictions leave the sphere
     noisy = [rotate(z, noise[0], math.radians(angle)) for angle in values]
     seen = [model(v, labels).float() for v in noisy]
-    return torch.stack([torch.stack(noisy), torch.stack(seen)])
+    return torch.stack([torch.stack(noisy) * length, torch.stack(seen)])
 
 def walk_to_the_next(model, labels, values, init=None, **options):
     """Latents along the great circle from each one to the next: (values, B, T, C)."""
@@ -232,8 +232,8 @@ def main():
         return list(batches)                                    # its share, for the first process
     guided = 0 if options["cfg_scale"] == 1 else options["steps"]
     nfe = options["steps"] + guided - max(0, min(guided - 2, options["cfg_skip"]))
-    print(f"{path}: step {checkpoint['step']}, {count} images, {options}, "
-          f"NFE {'at most ' * bool(args.init)}{nfe}", flush=True)
+    nfe = f"at most {nfe}" if args.init else nfe
+    print(f"{path}: step {checkpoint['step']}, {count} images, {options}, NFE {nfe}", flush=True)
     batches = tqdm(batches, total=math.ceil(count / at_once), unit="batch")
     if kind:
         strips = np.concatenate(list(batches), axis=-4)         # (..., columns, N, S, S, 3)

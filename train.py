@@ -395,7 +395,7 @@ def main():
         finite = torch.isfinite(grad_norm)
         stats[:3, rows] += torch.where(finite, terms, 0)
         stats[3, rows] += finite
-        bad = (bad + 1) * ~finite
+        bad = torch.where(bad < 10, (bad + 1) * ~finite, bad)       # ten are remembered
         step += 1
 
         stopping = torch.tensor(len(signals))               # of all processes, by gloo
