@@ -1,15 +1,15 @@
 """How far are generated images from real ones? FID, sFID, Inception Score, precision and recall.
 
     python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz      # as ADM's evaluator does
-    python fid.py samples/ --ref path/to/folder --metrics fid is       # folders of images, too
+    python fid.py samples/ --ref path/to/folder --metrics fid is         # folders of images, too
     python fid.py samples.npz --ref shapes --features codec --metrics fid agreement     # offline
     python fid.py samples.npz --ref flowers --save_stats flowers.npz     # measured once, kept
 """
 import contextlib
-import hashlib
 import json
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +19,36 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from encode import (CODECS, Dataset, UserError, codec_path, find_dataset, find_images,
-                    join, load_codec, make_parser, reading, run, to_float, write_file)
+from encode import (
+    CODECS, RAES, RANK, WORLD, Dataset, UserError, check_writable, default_codec,
+    expanded, file_hash, find_codec_file, find_dataset, find_images, fingerprint, join,
+    load_codec, make_parser, reading, run, sum_over_processes, to_float,
+    write_file)
+from sample import find_checkpoint
 
-NEEDS = {       # metric -> what it is left out without
-    "fid": "a reference", "sfid": "--features inception, and mu_s and sigma_s of statistics",
-    "is": "--features inception", "precision": "4 images in each", "recall": "4 images in each",
-    "agreement": "labels of the samples, and a reference of the same classes, 50 images each"}
+# The metrics, and what each is left out without.
+NEEDS = {
+    "fid": "a reference",
+    "sfid": "--features inception, and mu_s and sigma_s if the reference is statistics",
+    "is": "--features inception",
+    "precision": "at least 4 images on both sides",
+    "recall": "at least 4 images on both sides",
+    "agreement": "labels of the samples (arr_1, one integer each), and a reference with the "
+                 "same classes, 50 images each",
+}
 METRICS = tuple(NEEDS)
+DEFAULT_METRICS = METRICS[:5]
+
 KEPT_SAMPLES, KEPT_REFERENCES = 50_000, 10_000  # compared for precision and recall, as by ADM
 SPLIT = 5000                                    # images in a split of the Inception Score
 BATCH = 64                                      # images that go through the network together
-WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 
-# ------------------------------------------------------------------------------------ the network
+
+# ----------------------------------------------------------------------- the network
 
 @contextlib.contextmanager
 def full_float32(device):
@@ -48,124 +62,265 @@ def full_float32(device):
     finally:
         torch.set_float32_matmul_precision(precision)
 
+
 class ConvNorm(nn.Module):
     """Convolution, batch norm with fixed statistics, ReLU; the norm is folded in on loading."""
+
     def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-        start = dict(weight=1.0, bias=0.0, running_mean=0.0, running_var=1.0)
-        self.bn = nn.ParameterDict({name: torch.full((c_out,), x) for name, x in start.items()})
-        self.register_load_state_dict_pre_hook(     # without the counter that nn.BatchNorm2d saves
+        self.bn = nn.ParameterDict({
+            "weight": torch.ones(c_out), "bias": torch.zeros(c_out),
+            "running_mean": torch.zeros(c_out), "running_var": torch.ones(c_out)})
+        # nn.BatchNorm2d also saves a counter.
+        self.register_load_state_dict_pre_hook(
             lambda _, state, prefix, *rest: state.pop(f"{prefix}bn.num_batches_tracked", None))
-        self.register_load_state_dict_post_hook(ConvNorm.fold)
+        self.register_load_state_dict_post_hook(lambda module, _: module.fold())
         self.fold()
 
     @torch.no_grad()
-    def fold(self, *_):
+    def fold(self):
         scale = self.bn.weight / (self.bn.running_var + 0.001).sqrt()
-        self.register_buffer("weight", self.conv.weight * scale.view(-1, 1, 1, 1), persistent=False)
-        self.register_buffer("bias", self.bn.bias - self.bn.running_mean * scale, persistent=False)
+        weight = self.conv.weight * scale.view(-1, 1, 1, 1)
+        bias = self.bn.bias - self.bn.running_mean * scale
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x):
-        return F.relu_(F.conv2d(x, self.weight, self.bias, self.conv.stride, self.conv.padding))
+        x = F.conv2d(x, self.weight, self.bias, self.conv.stride, self.conv.padding)
+        return F.relu_(x)
 
-class Layers(nn.ModuleDict):
-    """ConvNorms by their published names, each made when `chain` meets it for the first time."""
-    def chain(self, name, x, *steps):       # steps: (width, kernel, stride, padding), one by one
-        for i, (width, kernel, *how) in enumerate(steps, 1):
-            layer = name if len(steps) == 1 else f"{name}_{i}"
-            if layer not in self:
-                self[layer] = ConvNorm(x.shape[1], width, kernel, *how)
-            x = self[layer](x)
-        return x
+
+def average(x):
+    """3x3 average pooling that does not count the border, as TensorFlow has it."""
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
+# Blocks of the same kind; the names of their layers are the published ones.
+
+class Mixed5(nn.Module):
+    """35 x 35 pixels, c_in -> 224 + pool channels."""
+
+    def __init__(self, c_in, pool):
+        super().__init__()
+        self.branch1x1 = ConvNorm(c_in, 64, 1)
+        self.branch5x5_1 = ConvNorm(c_in, 48, 1)
+        self.branch5x5_2 = ConvNorm(48, 64, 5)
+        self.branch3x3dbl_1 = ConvNorm(c_in, 64, 1)
+        self.branch3x3dbl_2 = ConvNorm(64, 96, 3)
+        self.branch3x3dbl_3 = ConvNorm(96, 96, 3)
+        self.branch_pool = ConvNorm(c_in, pool, 1)
+
+    def forward(self, x):
+        five = self.branch5x5_2(self.branch5x5_1(x))
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        pool = self.branch_pool(average(x))
+        return torch.cat([self.branch1x1(x), five, double, pool], 1)
+
+
+class Mixed6a(nn.Module):
+    """35 x 35 pixels to 17 x 17, 288 -> 768 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch3x3 = ConvNorm(288, 384, 3, 2, "valid")
+        self.branch3x3dbl_1 = ConvNorm(288, 64, 1)
+        self.branch3x3dbl_2 = ConvNorm(64, 96, 3)
+        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, 2, "valid")
+
+    def forward(self, x):
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, 2)], 1)
+
+
+class Mixed6(nn.Module):
+    """17 x 17 pixels, 768 -> 768 channels; c channels within the branches."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.branch1x1 = ConvNorm(768, 192, 1)
+        self.branch7x7_1 = ConvNorm(768, c, 1)
+        self.branch7x7_2 = ConvNorm(c, c, (1, 7))
+        self.branch7x7_3 = ConvNorm(c, 192, (7, 1))
+        self.branch7x7dbl_1 = ConvNorm(768, c, 1)
+        self.branch7x7dbl_2 = ConvNorm(c, c, (7, 1))
+        self.branch7x7dbl_3 = ConvNorm(c, c, (1, 7))
+        self.branch7x7dbl_4 = ConvNorm(c, c, (7, 1))
+        self.branch7x7dbl_5 = ConvNorm(c, 192, (1, 7))
+        self.branch_pool = ConvNorm(768, 192, 1)
+
+    def forward(self, x):
+        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
+        pool = self.branch_pool(average(x))
+        return torch.cat([self.branch1x1(x), seven, double, pool], 1)
+
+
+class Mixed7a(nn.Module):
+    """17 x 17 pixels to 8 x 8, 768 -> 1280 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch3x3_1 = ConvNorm(768, 192, 1)
+        self.branch3x3_2 = ConvNorm(192, 320, 3, 2, "valid")
+        self.branch7x7x3_1 = ConvNorm(768, 192, 1)
+        self.branch7x7x3_2 = ConvNorm(192, 192, (1, 7))
+        self.branch7x7x3_3 = ConvNorm(192, 192, (7, 1))
+        self.branch7x7x3_4 = ConvNorm(192, 192, 3, 2, "valid")
+
+    def forward(self, x):
+        three = self.branch3x3_2(self.branch3x3_1(x))
+        seven = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
+        seven = self.branch7x7x3_4(seven)
+        return torch.cat([three, seven, F.max_pool2d(x, 3, 2)], 1)
+
+
+class Mixed7(nn.Module):
+    """8 x 8 pixels, c_in -> 2048 channels; `pool` is the pooling of the last branch."""
+
+    def __init__(self, c_in, pool):
+        super().__init__()
+        self.pool = pool
+        self.branch1x1 = ConvNorm(c_in, 320, 1)
+        self.branch3x3_1 = ConvNorm(c_in, 384, 1)
+        self.branch3x3_2a = ConvNorm(384, 384, (1, 3))
+        self.branch3x3_2b = ConvNorm(384, 384, (3, 1))
+        self.branch3x3dbl_1 = ConvNorm(c_in, 448, 1)
+        self.branch3x3dbl_2 = ConvNorm(448, 384, 3)
+        self.branch3x3dbl_3a = ConvNorm(384, 384, (1, 3))
+        self.branch3x3dbl_3b = ConvNorm(384, 384, (3, 1))
+        self.branch_pool = ConvNorm(c_in, 192, 1)
+
+    def forward(self, x):
+        three = self.branch3x3_1(x)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        return torch.cat([
+            self.branch1x1(x),
+            self.branch3x3_2a(three), self.branch3x3_2b(three),
+            self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double),
+            self.branch_pool(self.pool(x))], 1)
+
 
 def resize_tf1(images, size=299):
-    """(B, 3, H, W) -> (B, 3, size, size) float32, bilinear: pixel i is read at i * H / size."""
+    """TensorFlow 1's bilinear resize: pixel i is read at i * H / size, without antialiasing.
+
+    (B, 3, H, W) -> (B, 3, size, size) float32.
+    """
     x = F.pad(images.float(), (0, 1, 0, 1), mode="replicate")
     x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
     return x[:, :, :-1, :-1]
 
-class InceptionV3(Layers):
-    """TensorFlow's Inception of 2015-12-05, arXiv 1512.00567, frozen; weights None: random ones."""
+
+class InceptionV3(nn.Module):
+    """TensorFlow's Inception of 2015-12-05, frozen, with the published names.
+
+    weights: a file of torch-fidelity's or pytorch-fid's; None gives random ones.
+    Source: arXiv 1512.00567.
+    """
+
     def __init__(self, weights=None):
         super().__init__()
+        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, 2, "valid")
+        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, 1, "valid")
+        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
+        self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, 1, "valid")
+        self.Mixed_5b = Mixed5(192, pool=32)
+        self.Mixed_5c = Mixed5(256, pool=64)
+        self.Mixed_5d = Mixed5(288, pool=64)
+        self.Mixed_6a = Mixed6a()
+        self.Mixed_6b = Mixed6(128)
+        self.Mixed_6c = Mixed6(160)
+        self.Mixed_6d = Mixed6(160)
+        self.Mixed_6e = Mixed6(192)
+        self.Mixed_7a = Mixed7a()
+        self.Mixed_7b = Mixed7(1280, pool=average)
+        self.Mixed_7c = Mixed7(2048, pool=nn.MaxPool2d(3, 1, 1))
         self.fc = nn.Linear(2048, 1008)
-        self.features(torch.zeros(1, 3, 75, 75))                                # makes the layers
         if weights is not None:
             self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self.eval().requires_grad_(False)
 
-    def mix(self, block, *branches):
-        """Branches (name, input, steps) side by side, their outputs joined."""
-        if block not in self:
-            self[block] = Layers()
-        return torch.cat([self[block].chain(*branch) for branch in branches], 1)
-
     def features(self, x):
-        """(B, 3, 299, 299) -> pool3 (B, 2048), spatial (B, 2023), logits without bias (B, 1008)."""
-        average = nn.AvgPool2d(3, 1, 1, count_include_pad=False)    # as TensorFlow counts
-        wide, tall, halve = (1, 7), (7, 1), (2, "valid")
-        x = self.chain("Conv2d_1a_3x3", x, (32, 3, *halve))
-        x = self.chain("Conv2d_2a_3x3", x, (32, 3, 1, "valid"))
-        x = F.max_pool2d(self.chain("Conv2d_2b_3x3", x, (64, 3)), 3, 2)         # (B, 64, 73, 73)
-        x = self.chain("Conv2d_3b_1x1", x, (80, 1))
-        x = F.max_pool2d(self.chain("Conv2d_4a_3x3", x, (192, 3, 1, "valid")), 3, 2)
-        for block, width in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
-            x = self.mix(block, ("branch1x1", x, (64, 1)),
-                         ("branch5x5", x, (48, 1), (64, 5)),
-                         ("branch3x3dbl", x, (64, 1), (96, 3), (96, 3)),
-                         ("branch_pool", average(x), (width, 1)))               # (B, 288, 35, 35)
-        x = self.mix("Mixed_6a", ("branch3x3", x, (384, 3, *halve)),
-                     ("branch3x3dbl", x, (64, 1), (96, 3), (96, 3, *halve)),
-                     ("branch_pool", F.max_pool2d(x, 3, 2)))                    # (B, 768, 17, 17)
-        for letter, c in (("b", 128), ("c", 160), ("d", 160), ("e", 192)):
-            x = self.mix(f"Mixed_6{letter}", ("branch1x1", x, (192, 1)),
-                         ("branch7x7", x, (c, 1), (c, wide), (192, tall)),
-                         ("branch7x7dbl", x, (c, 1), (c, tall), (c, wide), (c, tall), (192, wide)),
-                         ("branch_pool", average(x), (192, 1)))                 # (B, 768, 17, 17)
-            if letter == "d":
-                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
-        x = self.mix("Mixed_7a", ("branch3x3", x, (192, 1), (320, 3, *halve)),
-                     ("branch7x7x3", x, (192, 1), (192, wide), (192, tall), (192, 3, *halve)),
-                     ("branch_pool", F.max_pool2d(x, 3, 2)))                    # (B, 1280, 8, 8)
-        for block, pool in (("Mixed_7b", average), ("Mixed_7c", nn.MaxPool2d(3, 1, 1))):
-            y = self.mix(block, ("branch3x3_1", x, (384, 1)))
-            z = self.mix(block, ("branch3x3dbl", x, (448, 1), (384, 3)))
-            x = self.mix(block, ("branch1x1", x, (320, 1)),
-                         ("branch3x3_2a", y, (384, (1, 3))), ("branch3x3_2b", y, (384, (3, 1))),
-                         ("branch3x3dbl_3a", z, (384, (1, 3))),
-                         ("branch3x3dbl_3b", z, (384, (3, 1))),
-                         ("branch_pool", pool(x), (192, 1)))                    # (B, 2048, 8, 8)
+        """(B, 3, 299, 299) -> dict: pool3 (B, 2048), spatial (B, 2023), logits (B, 1008)."""
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = F.max_pool2d(x, 3, 2)                               # (B, 64, 73, 73)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
+        x = F.max_pool2d(x, 3, 2)                               # (B, 192, 35, 35)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))      # (B, 288, 35, 35)
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
+
+        # sFID's: the first 7 channels, row by row, the channel last.
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)       # of (B, 768, 17, 17)
+        x = self.Mixed_7a(self.Mixed_6e(x))                     # (B, 1280, 8, 8)
+        x = self.Mixed_7c(self.Mixed_7b(x))                     # (B, 2048, 8, 8)
         pool3 = x.mean((2, 3))
+
+        # The Inception Score's logits have no bias.
         return dict(pool3=pool3, spatial=spatial, logits=pool3 @ self.fc.weight.T)
 
-    def forward(self, images):                  # (B, 3, H, W) uint8 RGB
+    def forward(self, images):
+        """(B, 3, H, W) uint8 RGB -> the dict of `features`. Raises ValueError."""
         if images.dtype != torch.uint8:
             raise ValueError(f"images must be uint8, got {images.dtype}")
         with full_float32(images.device):
-            x = (resize_tf1(images) - 128) / 128                                # (B, 3, 299, 299)
+            x = (resize_tf1(images) - 128) / 128                # (B, 3, 299, 299)
             return self.features(x.contiguous(memory_format=torch.channels_last))
 
-# ------------------------------------------------------------------------------------ the metrics
+
+# ----------------------------------------------------------------------- the metrics
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of mu (F,) and S (F, F); arXiv 1706.08500."""
-    def root(sigma):                            # (F, rank): sigma = root @ root.T
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of mu (F,) and S (F, F).
+
+    Source: arXiv 1706.08500.
+    """
+    def root(sigma):
+        """(F, rank): sigma = root @ root.T."""
         w, v = np.linalg.eigh(sigma)
         used = w > len(w) * np.finfo(float).eps * w[-1]
         return v[:, used] * np.sqrt(w[used])
 
-    mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
-    # the singular values of root1.T @ root2 are the roots of the eigenvalues of S1 S2
+    mu1, sigma1 = np.asarray(mu1, np.float64), np.asarray(sigma1, np.float64)
+    mu2, sigma2 = np.asarray(mu2, np.float64), np.asarray(sigma2, np.float64)
+
+    # The singular values of root1.T @ root2 are the roots of the eigenvalues of S1 S2.
     trace = np.linalg.svd(root(sigma1).T @ root(sigma2), compute_uv=False).sum()
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
+    distance = ((mu1 - mu2) ** 2).sum()
+    return float(distance + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
+
+
+def add_moments(total, features):
+    """Add the sums of (x, 1) (x, 1)^T over features x (B, F) to total (F + 1, F + 1) float64.
+
+    total: None to begin. The sums stay on a CUDA card, so that nothing waits.
+    """
+    if not features.is_cuda:
+        features = features.cpu()
+    x = F.pad(features.double(), (0, 1), value=1)
+    if total is None:
+        return x.T @ x
+    return torch.addmm(total, x.T, x, out=total)
+
+
+def mean_and_covariance(total):
+    """mu (F,) and sigma (F, F), unbiased, from the sums of `add_moments`."""
+    total = total.cpu().numpy()
+    count, sums = total[-1, -1], total[-1, :-1]
+    mu = sums / count
+    return mu, (total[:-1, :-1] - np.outer(sums, mu)) / (count - 1)
+
 
 def precision_recall(samples, reference, k=3, block=1 << 25):
-    """Share of samples (N, F) inside the balls that reach from references (M, F) to their k-th
-    nearest neighbours, and the other way round. Source: arXiv 1904.06991, as ADM has it.
+    """Share of samples (N, F) within reach of a reference image (M, F), and the other way.
+
+    A point reaches as far as its k-th nearest neighbour in its own set. block: distances
+    that are computed at a time. Source: arXiv 1904.06991, as ADM has it.
     """
-    def share_inside(a, b):                     # a point's nearest neighbour in its set is itself
-        rows = max(1, block // len(b))          # of the distances (len(a), len(b)) at a time
+    def share_inside(a, b):
+        rows = max(1, block // len(b))
+        # A point's nearest neighbour in its own set is itself.
         radii = torch.cat([torch.cdist(x, b).kthvalue(k + 1).values for x in b.split(rows)])
         inside = torch.cat([(torch.cdist(x, b) <= radii).any(1) for x in a.split(rows)])
         return inside.float().mean().item()
@@ -173,31 +328,40 @@ def precision_recall(samples, reference, k=3, block=1 << 25):
     with full_float32(samples.device):
         return share_inside(samples, reference), share_inside(reference, samples)
 
+
 def inception_score(logits):
-    """exp of the mean KL(p, q), q being the mean p of a random split; arXiv 1606.03498."""
-    logits, scores = logits[shuffled(len(logits))].double(), []                 # (N, C)
+    """exp of the mean KL(p, q), where q is the mean p of a random split; arXiv 1606.03498."""
+    logits, scores = logits[shuffled(len(logits))].double(), []             # (N, C)
     for part in logits.tensor_split(max(1, round(len(logits) / SPLIT))):
         log_p = part.log_softmax(1)
         log_q = log_p.logsumexp(0) - np.log(len(part))
         scores.append((log_p.exp() * (log_p - log_q)).sum(1).mean().exp().item())
     return float(np.mean(scores))
 
-def agreement(dataset, samples, workers, epochs=10):
-    """Share of samples, and of held-out real images, in which a classifier finds their class."""
-    def load(some):                             # (N, 32, 32, 3) uint8 and (N,) int64
-        rows = shuffled(len(some))[:KEPT_SAMPLES]
-        [images] = some.batches([rows], 32, workers)
-        return torch.from_numpy(np.stack(images)), torch.from_numpy(some.labels[rows]).long()
 
-    images, labels = load(dataset)
-    torch.manual_seed(0)
-    held = torch.rand(len(images)) < 0.1
-    net = nn.Sequential()
-    for c_in, c_out in ((3, 32), (32, 64), (64, 96), (96, 128)):                # 32 to 2 pixels
-        net.extend([nn.Conv2d(c_in, c_out, 3, 2, 1), nn.BatchNorm2d(c_out), nn.ReLU()])
-    net.extend([nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, len(dataset.classes))])
+def shuffled(count):
+    """The fixed order in which images are dealt to splits, and kept for precision and recall."""
+    return np.random.RandomState(2020).permutation(count)
+
+
+# -------------------------------------------------------------- a classifier of one's own
+
+class Classifier(nn.Sequential):
+    """A small convolutional network from (B, 3, 32, 32) in [0, 1] to logits (B, classes)."""
+
+    def __init__(self, classes):
+        layers = []
+        for c_in, c_out in ((3, 32), (32, 64), (64, 96), (96, 128)):        # 32 to 2 pixels
+            layers += [nn.Conv2d(c_in, c_out, 3, 2, 1), nn.BatchNorm2d(c_out), nn.ReLU()]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(512, 128), nn.ReLU(),
+                         nn.Linear(128, classes))
+
+
+def train_classifier(images, labels, classes, epochs=10):
+    """A Classifier of images (N, 32, 32, 3) uint8 with labels (N,) int64."""
+    net = Classifier(classes)
     rows = torch.cat([torch.randperm(len(images)) for _ in range(epochs)])
-    batches = rows[~held[rows]].split(128)
+    batches = rows.split(128)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=len(batches) + 1)
     for batch in tqdm(batches, desc="classifier", unit="step", leave=False):
@@ -206,74 +370,163 @@ def agreement(dataset, samples, workers, epochs=10):
         loss.backward()
         optimizer.step()
         schedule.step()
-    net.eval()
-    with torch.no_grad():
-        right = [torch.cat([net(to_float(part)).argmax(1) for part in x.split(500)]) == y
-                 for x, y in (load(samples), (images[held], labels[held]))]
-    return [x.double().mean().item() for x in right]
+    return net.eval()
 
-def shuffled(count):
-    """The fixed order in which images are dealt to splits, and kept for precision and recall."""
-    return np.random.RandomState(2020).permutation(count)
 
-def measure(batches, count, extract, metrics, kept=KEPT_SAMPLES, name="samples"):
-    """What is compared: mu, sigma, mu_s, sigma_s; if asked for, logits (N, C), pool3 (kept, F)."""
-    chosen = torch.from_numpy(np.isin(np.arange(count), shuffled(count)[:kept]))
-    totals, lists = {}, dict(logits=[], pool3=[])
-    for batch in tqdm(batches, desc=name, unit="batch", mininterval=1):         # (B, S, S, 3) uint8
-        features = extract(batch)
-        keep, chosen = chosen.tensor_split([len(batch)])
-        for key in features.keys() - {"logits"}:
-            x = F.pad(features[key].cpu().double(), (0, 1), value=1)            # (B, F + 1)
-            totals[key] = totals.get(key, 0) + x.T @ x
-        if "is" in metrics and "logits" in features:
-            lists["logits"].append(features["logits"].cpu())
-        if "precision" in metrics or "recall" in metrics:
-            lists["pool3"].append(features["pool3"].cpu()[keep])
-    result = {key: torch.cat(values) for key, values in lists.items() if values}
-    for key, mu, sigma in (("pool3", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
-        if key in totals:
-            total = totals[key].numpy()         # the sum of (x, 1) (x, 1)^T
-            result[mu] = total[-1, :-1] / count
-            result[sigma] = (total[:-1, :-1] - np.outer(total[-1, :-1], result[mu])) / (count - 1)
-    if not np.isfinite(result["sigma"]).all():
-        raise UserError(f"{name}: the features are not finite; check the network's weights")
-    return result | dict(count=count)
+def agreement(dataset, samples, workers):
+    """The share of samples in which a classifier finds the class that was asked for.
 
-def evaluate(batches, count, extractor, reference, metrics):
-    """The metrics of `count` samples, as far as the reference has what they need: name -> float."""
-    samples, values = measure(batches, count, extractor["extract"], metrics), {}
-    for name, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
-        if name in metrics and mu in samples and mu in reference:
-            values[name] = frechet_distance(samples[mu], samples[sigma],
-                                            reference[mu], reference[sigma])
-    if "logits" in samples:
-        values["is"] = inception_score(samples["logits"])
-    if "pool3" in samples and min(count, len(reference.get("pool3", []))) > 3:
-        both = [torch.as_tensor(x["pool3"]).to(extractor["device"]) for x in (samples, reference)]
-        values["precision"], values["recall"] = precision_recall(*both)
-    return {name: values[name] for name in metrics if name in values}
+    It learns from nine tenths of the dataset. Returns that share, and the classifier's share
+    on the held-out tenth.
+    """
+    def load(some):
+        chosen = shuffled(len(some))[:KEPT_SAMPLES]
+        [images] = some.batches([chosen], 32, workers)
+        return torch.from_numpy(np.stack(images)), torch.from_numpy(some.labels[chosen]).long()
 
-# ------------------------------------------------------------------------ features, sets of images
+    images, labels = load(dataset)
+    torch.manual_seed(0)
+    held = torch.rand(len(images)) < 0.1
+    net = train_classifier(images[~held], labels[~held], len(dataset.classes))
+    shares = []
+    for x, y in (load(samples), (images[held], labels[held])):
+        with torch.no_grad():
+            found = torch.cat([net(to_float(part)).argmax(1) for part in x.split(500)])
+        shares.append((found == y).double().mean().item())
+    return shares
 
-def load_extractor(features, device, codec="small", codec_weights=None):
-    """A dict: extract, from (B, S, S, 3) uint8 to features, their width, size of images, device."""
-    if features == "codec":
-        net = load_codec(codec, codec_weights, device, decoder=False)
-        width, size = net.latent_shape[1], net.image_size
-    else:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
-        with reading(f"{path}: missing or damaged", "compare offline with --features codec, or get "
-                     f"Inception's weights (96 MB, sha256 {WEIGHTS_SHA256}): "
-                     f"curl -L --create-dirs -o {path} {WEIGHTS_URL}"):
-            if hashlib.sha256(path.read_bytes()).hexdigest() != WEIGHTS_SHA256:
-                raise ValueError("another sha256")
-        net, width, size = InceptionV3(path).to(device), 2048, None             # takes any size
-    def extract(images):
-        if features == "codec":
-            return dict(pool3=net.encode(to_float(images, device)).mean(1))     # (B, F)
-        return net(torch.as_tensor(images).to(device).permute(0, 3, 1, 2))
-    return dict(extract=extract, width=width, size=size, device=device)
+
+# ------------------------------------------------------------------ networks of features
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network whose features are compared."""
+
+    name: str               # what identifies it, in files of statistics, too
+    net: nn.Module
+    width: int              # F, of the features that the distance is of
+    size: int               # pixels a side that images are cropped to; 0: as the samples are
+    device: torch.device
+
+    def extract(self, images):
+        """(B, S, S, 3) uint8 -> dict of features on the device, pool3 (B, width) among them."""
+        if isinstance(self.net, InceptionV3):
+            return self.net(torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2))
+        with torch.no_grad():
+            return dict(pool3=self.net.encode(to_float(images, self.device)).mean(1))
+
+
+def inception_extractor(device):
+    """TensorFlow's Inception. Raises UserError if its weights are missing."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
+    with reading(f"{path}: missing or damaged", "compare offline with --features codec, or get "
+                 f"Inception's weights (96 MB, sha256 {WEIGHTS_SHA256}): "
+                 f"curl -L --create-dirs -o {path} {WEIGHTS_URL}"):
+        if file_hash(path, "sha256") != WEIGHTS_SHA256:
+            raise ValueError("another sha256")
+        net = InceptionV3(path).to(device)
+    return Extractor("inception", net, 2048, 0, device)
+
+
+def codec_extractor(name, codec, device):
+    """The mean over tokens of a codec's latents: features for small images, without downloads."""
+    identity = f"codec {name} {fingerprint(codec)[:8]}"
+    return Extractor(identity, codec, codec.latent_shape[1], codec.image_size, device)
+
+
+def find_codec(typed, where, data_dir, device):
+    """The codec that --codec names, by name or file: (name, codec).
+
+    By default it is that of the reference, or for npz files that of shapes.
+    """
+    is_file = Path(where).is_file()
+    if typed and typed not in CODECS:
+        path = find_checkpoint(typed)
+        with reading(f"{path}: is no codec and no checkpoint", f"use one of {', '.join(CODECS)}"):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+            saved = contents["codec"] if "codec" in contents else contents
+            if "name" not in saved or "weights" not in saved:
+                raise ValueError("holds no name and weights")
+        return saved["name"], load_codec(saved["name"], saved["weights"], device, decoder=False)
+
+    name = typed or ("small" if is_file else default_codec(where))
+    if name in RAES:
+        return name, load_codec(name, None, device, decoder=False)
+    path = find_codec_file(name, "shapes" if is_file else where, data_dir)
+    if path is None:
+        raise UserError(f"{where}: no codec {name} is fitted to it; name the one to compare by: "
+                        "--codec and a checkpoint or a file data/*/small-*.pt")
+    return name, load_codec(name, path, device, decoder=False)
+
+
+# -------------------------------------------------------------------------- sets of images
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images, or statistics of them, or both, as in ADM's files."""
+
+    where: str
+    images: Dataset         # perhaps none
+    statistics: dict        # mu, sigma, mu_s, sigma_s, ... perhaps none
+
+
+def open_set(where, data_dir="data"):
+    """Open an npz, a folder of images, or a dataset, as an ImageSet. Raises UserError."""
+    path = Path(where)
+    if path.suffix.lower() in (".npz", ".npy") or zipfile.is_zipfile(path):
+        return open_arrays(path)
+    file = path / "labels.txt"                  # in folders that sample.py has written
+    if not file.exists():
+        return ImageSet(where, find_dataset(where, data_dir), {})
+    images = find_images(path)
+    with reading(f"{file}: does not fit the images", "move it away, or sample again"):
+        images.labels[:] = np.loadtxt(file, int).reshape(len(images))
+    return ImageSet(where, images, {})
+
+
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "pool3", "count", "network", "size")
+
+
+def open_arrays(path):
+    """An npz with arr_0, or with mu and sigma; or an npy of images: an ImageSet."""
+    with reading(f"{path}: unusable", "write it with sample.py --out, or download it again"):
+        if path.suffix.lower() == ".npy":
+            return ImageSet(str(path), as_dataset(path, np.load(path, mmap_mode="r"), None), {})
+        with np.load(path) as archive:
+            keys = archive.files
+            if "arr_0" not in keys and "mu" not in keys:
+                raise ValueError(f"has neither arr_0 nor mu, but {', '.join(keys)}")
+            statistics = {key: archive[key] for key in keys if key in STATISTICS}
+            labels = archive["arr_1"] if "arr_1" in keys else None
+        check_moments(statistics)
+        none = np.empty((0, 1, 1, 3), np.uint8)
+        images = map_images(path) if "arr_0" in keys else none
+        return ImageSet(str(path), as_dataset(path, images, labels), statistics)
+
+
+def check_moments(statistics):
+    """Raise ValueError if moments do not fit each other, or are not finite."""
+    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if mu not in statistics:
+            continue
+        square = (len(statistics[mu]),) * 2
+        if sigma not in statistics or statistics[sigma].shape != square:
+            raise ValueError(f"{mu} and {sigma} do not fit each other")
+        if not np.isfinite(statistics[mu] @ statistics[sigma]).all():
+            raise ValueError(f"{mu} or {sigma} holds NaN or infinity")
+
+
+def as_dataset(path, images, labels):
+    """Arrays of a file as a Dataset. Labels that are not one integer an image do not count."""
+    if images.ndim != 4 or images.shape[2:] != (images.shape[1], 3):
+        raise ValueError(f"the images must be square, (N, S, S, 3), not {images.shape}")
+    if images.dtype != np.uint8:
+        raise ValueError(f"the images must be uint8, 0 to 255, not {images.dtype}")
+    usable = (labels is not None and labels.shape == (len(images),)
+              and np.issubdtype(labels.dtype, np.integer))
+    labels = labels if usable else np.full(len(images), -1)
+    return Dataset(str(path), [], labels, images)
+
 
 def map_images(path):
     """arr_0 of an npz as a memory map; a compressed one is read."""
@@ -281,120 +534,231 @@ def map_images(path):
         info = archive.getinfo("arr_0.npy")
         if info.compress_type != zipfile.ZIP_STORED:
             return np.load(path)["arr_0"]
-        file.seek(info.header_offset + 26)      # the lengths of its name and of an extra field
-        file.seek(int(np.frombuffer(file.read(4), "<u2").sum()), 1)
+
+        # Skip the member's header: its length depends on two numbers at byte 26.
+        file.seek(info.header_offset + 26)
+        name_length, extra_length = np.frombuffer(file.read(4), "<u2")
+        file.seek(int(name_length) + int(extra_length), 1)
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
-def open_set(where, data_dir="data"):
-    """(Dataset of the images, statistics) of an npz, a folder of images, or a dataset."""
-    path = Path(where)
-    if path.suffix != ".npz":
-        file = path / "labels.txt"              # in folders that sample.py has written
-        if not file.exists():
-            return find_dataset(where, data_dir), {}
-        dataset = find_images(path)
-        with reading(f"{file}: doesn't fit the images", "move it away, or sample again"):
-            dataset.labels[:] = np.loadtxt(file, int).reshape(len(dataset))
-        return dataset, {}
-    with (reading(f"{path}: unusable", "write it with sample.py --out, or download it again"),
-          np.load(path) as archive):
-        keys, wanted = archive.files, ("mu", "sigma", "mu_s", "sigma_s", "pool3", "count")
-        if "arr_0" not in keys and "mu" not in keys:
-            raise ValueError(f"has neither arr_0 nor mu, but {', '.join(keys)}")
-        statistics = {key: archive[key] for key in keys if key in wanted}
-        for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
-            if mu in keys and not (statistics[sigma].shape == statistics[mu].shape * 2
-                                   and np.isfinite(statistics[mu] @ statistics[sigma]).all()):
-                raise ValueError(f"{mu} and {sigma} don't fit each other, or hold NaN or infinity")
-        images = map_images(path) if "arr_0" in keys else np.empty((0, 1, 1, 3), np.uint8)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[2:] != (images.shape[1], 3):
-            raise ValueError(f"arr_0 must be square images (N, S, S, 3) uint8, not {images.shape}")
-        labels = archive["arr_1"] if "arr_1" in keys else np.full(len(images), -1)
-        return Dataset(where, [], labels, images), statistics
 
 def image_batches(dataset, size, workers):
-    """All images in order: (B, size, size, 3) uint8 through ADM's crop."""
+    """This process's share of a dataset: yields (B, size, size, 3) uint8, by ADM's crop."""
     rows = np.split(np.arange(len(dataset)), range(BATCH, len(dataset), BATCH))
-    return map(np.stack, dataset.batches(rows, size, workers))
+    for images in dataset.batches(rows[RANK::WORLD], size, workers):
+        yield np.stack(images)
 
-def load_reference(dataset, statistics, size, extractor, metrics, workers):
-    """Statistics, and what else the metrics need, measured of images cropped to `size`."""
+
+def sample_size(samples):
+    """Pixels a side of the samples of an ImageSet, which must be square and all of one size."""
+    if isinstance(samples.images.source, np.ndarray):
+        return samples.images.source.shape[1]
+    first = None
+    for path in samples.images.source:
+        with reading(f"{path}: cannot be read", "delete it"), Image.open(path) as image:
+            size = image.size
+        if size[0] != size[1]:
+            raise UserError(f"{path}: is {size[0]} x {size[1]} pixels; samples must be square")
+        if first not in (None, size):
+            raise UserError(f"{path}: is {size[0]} pixels a side and others are {first[0]}; "
+                            "samples must be of one size")
+        first = size
+    return first[0]
+
+
+# ------------------------------------------------------------------------- measurements
+
+def measure(batches, count, extractor, metrics, kept=KEPT_SAMPLES, name="samples"):
+    """What the metrics compare, of `count` images in batches (B, S, S, 3) uint8.
+
+    Returns a dict: mu, sigma and for Inception mu_s, sigma_s; if asked for, logits (N, C)
+    and pool3 (kept, F).
+    """
+    is_kept = torch.from_numpy(np.isin(np.arange(count), shuffled(count)[:kept]))
+    keeps_pool3 = "precision" in metrics or "recall" in metrics
+    pooled, spatial, logits, pool3, start = None, None, [], [], 0
+    for batch in tqdm(batches, desc=name, unit="batch", mininterval=1):
+        features = extractor.extract(batch)
+        pooled = add_moments(pooled, features["pool3"])
+        if "spatial" in features:
+            spatial = add_moments(spatial, features["spatial"])
+        if "is" in metrics and "logits" in features:
+            logits.append(features["logits"].cpu())
+        if keeps_pool3:
+            pool3.append(features["pool3"].cpu()[is_kept[start:start + len(batch)]])
+        start += len(batch)
+
+    result = dict(count=count, network=extractor.name)
+    result["mu"], result["sigma"] = mean_and_covariance(pooled)
+    if spatial is not None:
+        result["mu_s"], result["sigma_s"] = mean_and_covariance(spatial)
+    if not np.isfinite(result["sigma"]).all():
+        raise UserError(f"{name}: the features are not finite; check the network's weights")
+    if logits:
+        result["logits"] = torch.cat(logits)
+    if keeps_pool3:
+        result["pool3"] = torch.cat(pool3)
+    return result
+
+
+def moments_of(batches, extractor):
+    """mu and sigma of batches of images (B, S, S, 3) uint8, those of all processes together."""
+    total = None
+    for images in batches:
+        total = add_moments(total, extractor.extract(images)["pool3"])
+    if total is None:                           # this process had none
+        total = torch.zeros(extractor.width + 1, extractor.width + 1, dtype=torch.float64)
+    return mean_and_covariance(sum_over_processes(total))
+
+
+def reference_moments(reference, extractor, size, workers):
+    """mu and sigma of an ImageSet, from its file or measured by all processes together."""
+    if "mu" in reference.statistics:
+        check_statistics(reference, extractor, size)
+        return reference.statistics["mu"], reference.statistics["sigma"]
+    return moments_of(image_batches(reference.images, size, workers), extractor)
+
+
+def check_statistics(reference, extractor, size):
+    """Raise UserError if a file's statistics are of another network or image size."""
+    statistics = reference.statistics
+    width = len(statistics["mu"])
+    network = str(statistics.get("network", "inception"))
+    if network != extractor.name or width != extractor.width:
+        raise UserError(f"{reference.where}: holds {width} features of {network}, not "
+                        f"{extractor.width} of {extractor.name}; see --features and --codec")
+    measured = int(statistics.get("size", size))
+    if measured != size:
+        raise UserError(f"{reference.where}: was measured at {measured} pixels, and the samples "
+                        f"are compared at {size}")
+
+
+def measure_reference(reference, extractor, size, metrics, workers):
+    """What the metrics need of a reference, measured where its file does not hold it."""
     metrics = set(metrics) - {"is", "agreement"}
-    if "mu" in statistics:                      # an ADM file: its images are for these two alone
-        metrics &= {"precision", "recall"}
-        if len(statistics["mu"]) != extractor["width"]:
-            raise UserError(f"{dataset.name}: has {len(statistics['mu'])} features, not "
-                            f"{extractor['width']}; see --features")
-    if not len(dataset) or not metrics:
-        return statistics
-    return measure(image_batches(dataset, size, workers), len(dataset), extractor["extract"],
-                   metrics, KEPT_REFERENCES, "reference") | statistics
+    if "mu" in reference.statistics:
+        check_statistics(reference, extractor, size)
+        metrics &= {"precision", "recall"}      # an ADM file's images are for these two alone
+    count = len(reference.images)
+    if count == 0 or not metrics:
+        return reference.statistics
+    batches = image_batches(reference.images, size, workers)
+    measured = measure(batches, count, extractor, metrics, KEPT_REFERENCES, "reference")
+    return {**measured, "size": size, **reference.statistics}
 
-def sample_size(samples, where):
-    """Pixels a side of samples, which must be square and all of one size."""
-    if isinstance(samples.source, np.ndarray):
-        return samples.source.shape[1]
-    with reading(f"{where}: holds what cannot be read as an image", "delete it"):
-        sizes = {Image.open(path).size for path in samples.source}
-    (width, height), *others = sizes
-    if others or width != height:
-        raise UserError(f"{where}: samples must be square and all of one size")
-    return width
 
-def main():
+def compare(samples, reference, metrics, device):
+    """The metrics of two measured sets, as far as they hold what is needed: name -> float."""
+    values = {}
+    for name, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
+        if name in metrics and mu in samples and mu in reference:
+            values[name] = frechet_distance(samples[mu], samples[sigma],
+                                            reference[mu], reference[sigma])
+    if "is" in metrics and "logits" in samples:
+        values["is"] = inception_score(samples["logits"])
+    if "pool3" in samples and "pool3" in reference:
+        a, b = torch.as_tensor(samples["pool3"]), torch.as_tensor(reference["pool3"])
+        if min(len(a), len(b)) > 3:
+            values["precision"], values["recall"] = precision_recall(a.to(device), b.to(device))
+    return {name: values[name] for name in metrics if name in values}
+
+
+# --------------------------------------------------------------------------- the script
+
+def parse_args():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("samples", help="an npz with arr_0 (N, S, S, 3) uint8, or a folder of square images")
-    add("--ref", help="statistics (of ADM, pytorch-fid or --save_stats), images, or a dataset")
-    add("--metrics", nargs="+", default=METRICS[:5], choices=METRICS, help="default: the first 5")
+    add("samples", type=expanded,
+        help="an npz with arr_0 (N, S, S, 3) uint8, or a folder of square images")
+    add("--ref", type=expanded,
+        help="statistics (of ADM, pytorch-fid or --save_stats), images, or a dataset")
+    add("--metrics", nargs="+", default=DEFAULT_METRICS, choices=METRICS,
+        help=f"default: {' '.join(DEFAULT_METRICS)}")
     add("--json", action="store_true", help="print a last line of JSON, too")
-    add("--save_stats", metavar="FILE", help="write the reference's statistics to this npz")
-    add("--features", default="inception", choices=["inception", "codec"], help="of which network")
-    add("--codec", default="small", choices=CODECS, help="the codec of --features codec")
-    add("--codec_dataset", help="the dataset it was fitted on; default: --ref, or shapes")
-    args = parser.parse_args()
-    _, _, device = join(args)
-    if args.ref is None and args.metrics != ["is"]:
+    add("--save_stats", metavar="FILE", type=expanded,
+        help="write the reference's statistics to this npz")
+    add("--features", default="inception", choices=["inception", "codec"],
+        help="the network that compares; default: inception")
+    add("--codec", type=expanded, metavar="CODEC",
+        help="for --features codec: a name, a checkpoint, or a codec's file; default: the "
+             "reference's")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    device = join(args.device, args.weights_dir)
+    if WORLD > 1:
+        raise UserError("fid.py runs in one process; start it with python")
+    if args.ref is None and list(args.metrics) != ["is"]:
         raise UserError("--ref: only the Inception Score (--metrics is) does without")
-    samples, _ = open_set(args.samples, args.data_dir)
-    dataset, statistics = open_set(args.ref or args.samples, args.data_dir)
-    if len(samples) < 2 or len(dataset) == 1:
-        raise UserError(f"{args.samples}, {args.ref}: fewer than 2 images")
+    samples = open_set(args.samples, args.data_dir)
+    reference = open_set(args.ref, args.data_dir) if args.ref else samples
+    for some in (samples, reference):
+        if len(some.images) < 2 and "mu" not in some.statistics:
+            raise UserError(f"{some.where}: holds fewer than 2 images")
+    if len(samples.images) < 2:
+        raise UserError(f"{samples.where}: holds statistics, not images")
+    side = sample_size(samples)
+    if args.save_stats:
+        check_writable(Path(args.save_stats).parent)
 
-    size, values, reference = sample_size(samples, args.samples), {}, {}
-    if args.metrics != ["agreement"] or args.save_stats:
-        fitted_to = args.codec_dataset or (args.ref if dataset.classes else "shapes")
-        path = codec_path(args.codec, fitted_to, args.data_dir)
-        if args.features == "codec" and args.codec.startswith("small") and not path:
-            raise UserError(f"{fitted_to}: no {args.codec} codec is fitted to it; --codec_dataset?")
-        extractor = load_extractor(args.features, device, args.codec, path)
-        size, width = extractor["size"] or size, extractor["width"]
+    # The agreement of classes has a network of its own.
+    values, measured, network = {}, {}, ""
+    compared = [name for name in args.metrics if name != "agreement"]
+    if compared or args.save_stats:
+        if args.features == "inception":
+            extractor = inception_extractor(device)
+        else:
+            name, codec = find_codec(args.codec, args.ref or args.samples, args.data_dir, device)
+            extractor = codec_extractor(name, codec, device)
+        network = extractor.name
+        size = extractor.size or side
         wanted = METRICS if args.save_stats else args.metrics
-        reference = load_reference(dataset, statistics, size, extractor, wanted, args.workers)
-        if min(len(samples), reference.get("count", width)) < width:
-            print(f"warning: fewer than {width} images bias the distance upwards", file=sys.stderr)
+        measured = measure_reference(reference, extractor, size, wanted, args.workers)
         if args.save_stats:
-            write_file(args.save_stats, lambda file: np.savez(file, **reference))
-        batches = image_batches(samples, size, args.workers)
-        values = evaluate(batches, len(samples), extractor, reference, args.metrics)
-    labelled = samples.labels.min() >= 0 and samples.classes in ([], dataset.classes)
-    if "agreement" in args.metrics and labelled and 1 < len(dataset.classes) <= len(dataset) / 50:
-        values["agreement"], values["agreement_real"] = agreement(dataset, samples, args.workers)
+            save_stats(args.save_stats, measured)
 
+        count = len(samples.images)
+        if min(count, int(measured.get("count", count))) < extractor.width:
+            print(f"warning: fewer than {extractor.width} images bias the distance upwards",
+                  file=sys.stderr)
+        batches = image_batches(samples.images, size, args.workers)
+        values = compare(measure(batches, count, extractor, compared), measured, compared, device)
+
+    classes = reference.images.classes
+    labelled = samples.images.labels.min() >= 0 and samples.images.classes in ([], classes)
+    enough = 1 < len(classes) <= len(reference.images) / 50
+    if "agreement" in args.metrics and labelled and enough:
+        values["agreement"], values["agreement_real"] = agreement(
+            reference.images, samples.images, args.workers)
+    report(args, values, network, len(samples.images), int(measured.get("count", 0)))
+
+
+def save_stats(path, measured):
+    """Write statistics to exactly this path, which np.savez would add .npz to."""
+    arrays = {name: np.asarray(value) for name, value in measured.items()}
+    write_file(path, lambda file: np.savez(file, **arrays))
+
+
+def report(args, values, network, num_samples, num_references):
+    """Print the values, what was left out and why, and perhaps a line of JSON."""
     left_out = {name: NEEDS[name] for name in args.metrics if name not in values}
     for name, value in values.items():
-        if name == "fid" and args.features == "codec":
-            name = f"Frechet distance of {args.codec} codec features"
-        print(f"{name:15} {value:12.5f}  ({len(samples)} samples, {args.ref})")
+        if name == "fid" and network != "inception":
+            name = f"Frechet distance of {network}"
+        shown = round(value, 5) + 0.0           # not -0.00000
+        print(f"{name:15} {shown:12.5f}  ({num_samples} samples, {args.ref})")
     for name, need in left_out.items():
         print(f"{name:15} left out: needs {need}")
     if args.json:
-        counts = dict(num_samples=len(samples), num_references=int(reference.get("count", 0)))
-        print(json.dumps(vars(args) | counts | dict(left_out=left_out) | values))
+        counts = dict(num_samples=num_samples, num_references=num_references, network=network)
+        print(json.dumps({**vars(args), **counts, "left_out": left_out, **values}))
     if not values:
         raise UserError(f"{args.ref}: nothing to compute without {'; '.join(left_out.values())}")
+
 
 if __name__ == "__main__":
     run(main)

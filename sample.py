@@ -4,127 +4,353 @@
     torchrun --nproc_per_node=8 sample.py --num_images 50000 --out samples.npz    # or samples/
     python sample.py --init photo.png --init_angle 60 --classes rose             # edit an image
 """
-import contextlib
-import functools
 import math
-import re
+import shlex
 import sys
 import time
 import zipfile
 from argparse import SUPPRESS, BooleanOptionalAction
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from encode import (UserError, autocast, find_images, fingerprint, from_first, join,
-                    load_codec_in_turn, make_parser, reading, run, to_float, to_uint8, within,
-                    write_file)
-from model import Denoiser, ModelConfig, generate, rotate, to_sphere
+from encode import (
+    RANK, WORLD, UserError, autocast, can_compile, check_writable, expanded, find_images,
+    fingerprint, from_first, in_turn, join, load_codec, load_state, make_parser, match_class,
+    reading, run, to_float, to_uint8, with_the_others, within, write_file)
+from model import (
+    Denoiser, ModelConfig, generate, guidance_scales, guided, rotate, sampling_angles, to_sphere)
 
-CHECKPOINT_FORMAT = 5
-SAMPLING = ("steps", "cfg_scale", "cfg_skip", "same_noise")     # settings that train.py stores
+CHECKPOINT_FORMAT = 6
+SAMPLING = ("steps", "cfg_scale", "cfg_skip", "same_noise")     # settings of a run
 
-# ------------------------------------------------------------------------- checkpoint to images
+
+# -------------------------------------------------------------------- the checkpoint
+
+def find_checkpoint(path):
+    """The file of a checkpoint: the path itself or, in a folder, the newest ckpt.pt below it."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = sorted(path.rglob("ckpt.pt"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise UserError(f"{path.resolve()}: no ckpt.pt in this folder or below; name the file "
+                        "of a checkpoint, or train one: python train.py")
+    return found[-1]
+
 
 def load_checkpoint(path):
-    """The dict that train.py saved, its tensors read from the file when they are used."""
-    with reading(f"{path}: no complete checkpoint", "train one: python train.py"):
+    """Read what train.py saved, a dict; path: a file, or a folder that holds one.
+
+    Its tensors are read from the file when they are used. Raises UserError.
+    """
+    path = find_checkpoint(path)
+    if not path.exists():
+        raise UserError(f"{path.resolve()}: no such checkpoint; name another with --ckpt, or "
+                        "train one: python train.py")
+    with reading(f"{path}: is no complete checkpoint of train.py (ckpt.pt)",
+                 "name another, or train one: python train.py"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if checkpoint["format"] != CHECKPOINT_FORMAT:
-            raise UserError(f"{path}: unknown format {checkpoint['format']}; python train.py again")
+        found = checkpoint["format"]
+    if found != CHECKPOINT_FORMAT:
+        raise UserError(f"{path}: has format {found}, not {CHECKPOINT_FORMAT}, and was written by "
+                        "another version of train.py; train again, or use that version")
     return checkpoint
 
+
 def load_model(checkpoint, device="cpu"):
-    """The EMA denoiser of a checkpoint, frozen."""
+    """The denoiser of a checkpoint, with averaged (EMA) weights, frozen."""
     model = Denoiser(ModelConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["ema"])
+    load_state(model, checkpoint["ema"], "the checkpoint")
     return model.to(device).eval().requires_grad_(False)
 
-def load_codec_of(checkpoint, device="cpu"):
-    """The codec that a checkpoint was trained with: a small one is in it, the RAE is looked up."""
+
+def load_codec_of(checkpoint, device="cpu", decoder=True):
+    """The codec that a checkpoint was trained with: a small one is in it, the RAE is not."""
     saved = checkpoint["codec"]
-    codec = load_codec_in_turn(saved["name"], saved["weights"], device)
+    codec = in_turn(lambda: load_codec(saved["name"], saved["weights"], device, decoder))
     if fingerprint(codec) != saved["fingerprint"]:
         raise UserError(f"{saved['name']}: has other weights than in training; see --weights_dir")
     return codec
 
-def draw_noise(seed, indexes, shape):
-    """Gaussian noise (B, *shape), image i's from (seed, i): the same however images are batched."""
-    rngs = [np.random.default_rng((seed, i)) for i in indexes]
-    return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
-def sample_batches(model, codec, labels, batch_size, device, seed=0, dtype="auto", view=generate,
-                   rank=0, world=1, init=None, **options):
-    """Generate and decode images for labels (N,): yields (B, S, S, 3) uint8 in order.
+def sampling_of(checkpoint):
+    """How a run's images are drawn by default: steps, cfg_scale, cfg_skip, same_noise."""
+    return {name: checkpoint["settings"][name] for name in SAMPLING}
 
-    view: called like `generate`, with its options; latents (..., B, T, C) give (..., B, S, S, 3).
-    init: (N, S, S, 3) uint8 images to edit.
+
+# ----------------------------------------------------------------- from noise to images
+
+def draw_noise(seed, indexes, shape, steps=1, same_noise=False):
+    """Gaussian noise for images: (steps, B, *shape), the same at every step if same_noise.
+
+    Image i's depends on (seed, i) alone, so that it does not matter how images are batched.
     """
-    count = 1 if options.get("same_noise") else options.get("steps", 4)
-    shape = (count, *codec.latent_shape)                        # of an image's noise
-    for start in range(0, len(labels), batch_size * world):
-        rows = list(range(len(labels))[start + rank * batch_size:][:batch_size])
-        images = None
-        if rows:
-            noise = draw_noise(seed, rows, shape).transpose(0, 1).to(device)    # (count, B, T, C)
+    count = 1 if same_noise else steps
+    noise = np.empty((len(indexes), count, *shape), np.float32)
+    for row, i in zip(noise, indexes):
+        np.random.default_rng((seed, i)).standard_normal(dtype=np.float32, out=row)
+    return torch.from_numpy(noise).transpose(0, 1).expand(steps, -1, *[-1] * len(shape))
+
+
+def predict(model, labels, noise, cfg_scale=1.0, cfg_skip=0):
+    """Each step's prediction from noise (steps, B, T, C): a list of (B, T, C), the last is best."""
+    steps = len(noise)
+    angles = sampling_angles(steps, model.config.max_angle)
+    scales = guidance_scales(steps, cfg_scale, cfg_skip)
+    return list(generate(model, labels, noise, angles, scales))
+
+
+def edit(model, labels, noise, start, degrees, cfg_scale=1.0, cfg_skip=0):
+    """Edit latents: turn them by an angle towards noise and take the steps from there.
+
+    The more noise, the less is kept. Those steps are left out that start from more noise.
+    """
+    steps = len(noise)
+    angles = sampling_angles(steps, model.config.max_angle)
+    scales = guidance_scales(steps, cfg_scale, cfg_skip)
+    first = math.radians(degrees)
+    angles = [first] + [angle for angle in angles[1:] if angle < first]
+    taken = len(angles)
+    return list(generate(model, labels, noise[-taken:], angles, scales[-taken:], start))[-1]
+
+
+@torch.no_grad()
+def predict_through_pixels(model, codec, labels, noise, cfg_scale=1.0, cfg_skip=0):
+    """Sphere Encoder's loop: decode each step's image and encode it again (arXiv 2602.15030).
+
+    Returns the last prediction, (B, T, C). It shows what staying among latents saves.
+    """
+    steps = len(noise)
+    angles = sampling_angles(steps, model.config.max_angle)
+    scales = guidance_scales(steps, cfg_scale, cfg_skip)
+    x = torch.zeros_like(noise[0])
+    for k in range(steps):
+        if k > 0:
+            x = codec.encode(codec.decode(x).float())
+        v = rotate(x, noise[k], angles[k], model.config.sphere)
+        x = guided(model, v, labels, scales[k])
+    return x
+
+
+def draw_batches(model, codec, labels, batches, seed=0, steps=4, cfg_scale=1.0, cfg_skip=0,
+                 same_noise=False, pixel_loop=False, dtype="auto"):
+    """Generate and decode images: yields (B, S, S, 3) uint8 for each of batches.
+
+    labels: (N,) int64 of all images. batches: lists of indexes of images.
+    """
+    device = next(model.parameters()).device
+
+    def noise_of(batch):
+        return draw_noise(seed, batch, codec.latent_shape, steps, same_noise)
+
+    # A thread draws the next batch's noise; it must use numpy alone, as all threads here.
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(noise_of, batches[0]) if batches else None
+        for k, batch in enumerate(batches):
+            noise = ahead.result().to(device)
+            if k + 1 < len(batches):
+                ahead = thread.submit(noise_of, batches[k + 1])
+            y = labels[torch.tensor(batch)].to(device)
             with torch.no_grad(), autocast(device, dtype):
-                if init is not None:
-                    options["init"] = codec.encode(to_float(init[rows], device))
-                z = view(model, labels[rows].to(device), noise=noise, **options)
-                images = to_uint8(codec.decode(z.flatten(0, -3)))
-            images = images.reshape(*z.shape[:-2], *images.shape[1:])
-        gathered = [images]                                     # the first process yields them all
-        if world > 1:
-            gathered = [None] * world if rank == 0 else None
-            torch.distributed.gather_object(images, gathered)
-        yield from (images for images in gathered or [] if images is not None)
+                if pixel_loop:
+                    z = predict_through_pixels(model, codec, y, noise, cfg_scale, cfg_skip)
+                else:
+                    z = predict(model, y, noise, cfg_scale, cfg_skip)[-1]
+                images = codec.decode(z)
+            yield to_uint8(images)
 
-def vary(model, labels, option, values, **options):
-    """Latents by each value of an option of `generate`, from the same noise: (values, B, T, C)."""
-    return torch.stack([generate(model, labels, **options | {option: value}) for value in values])
 
-def turn_towards_noise(model, labels, noise, values, **options):
-    """Latents turned by degrees, and what the denoiser makes of them: (2, values, B, T, C)."""
-    z = generate(model, labels, noise=noise, **options)
-    length = z.pow(2).mean((1, 2), keepdim=True).sqrt()         # predictions leave the sphere
-    noisy = [rotate(z, noise[0], math.radians(angle)) for angle in values]
-    seen = [model(v, labels).float() for v in noisy]
-    return torch.stack([torch.stack(noisy) * length, torch.stack(seen)])
+def split_batches(count, batch_size):
+    """This process's share of the images 0 to count - 1: a list of lists of indexes."""
+    starts = range(0, count, batch_size)
+    return [list(range(start, min(start + batch_size, count))) for start in starts][RANK::WORLD]
 
-def walk_to_the_next(model, labels, values, init=None, **options):
-    """Latents along the great circle from each one to the next: (values, B, T, C)."""
-    z = generate(model, labels, **options) if init is None else init
-    other = z.roll(-1, 0)
-    angle = torch.acos((to_sphere(z) * to_sphere(other)).mean((1, 2)).clamp(-1, 1))     # (B,)
-    return torch.stack([rotate(z, other, share * angle) for share in values])
 
-FILMSTRIPS = {      # how to draw the latents, what the columns stand for, captions of the rows
-    "steps": (functools.partial(generate, return_all=True), [], ["step {} {}"]),
-    "guidance": (functools.partial(vary, option="cfg_scale"), [1, 1.5, 2, 3, 4, 6], ["cfg {} {}"]),
-    "angle": (turn_towards_noise, range(0, 91, 15), ["{}° noisy {}", "{}° denoised {}"]),
-    "slerp": (walk_to_the_next, [0, 0.2, 0.4, 0.6, 0.8, 1], ["{:.0%} {} to {}"]),
-    "edit": (functools.partial(vary, option="init_angle"), [], ["{} {}"])}      # --init_angle
+def sample_batches(model, codec, labels, batch_size=100, **options):
+    """Images for labels (N,), in order: yields (B, S, S, 3) uint8, in the first process only.
 
-# -------------------------------------------------------------------------------------- pictures
+    All processes must call it and exhaust it. options: as of `draw_batches`.
+    """
+    batches = split_batches(len(labels), batch_size)
+    drawn = draw_batches(model, codec, labels, batches, **options)
+    if WORLD == 1:
+        yield from drawn
+        return
 
-def make_grid(images, captions, columns):
-    """Lay images (N, S, S, 3) uint8 out in rows, small ones enlarged, each over its caption."""
-    tile = images.shape[1] * math.ceil(96 / images.shape[1])
-    width, height, rows = tile + 4, tile + 16, math.ceil(len(images) / columns)
-    grid = Image.new("RGB", (columns * width + 4, rows * height + 4), "white")
+    # In rounds of one batch a process; the last ones may be short, or missing.
+    size = codec.image_size
+    for start in range(0, len(labels), batch_size * WORLD):
+        mine = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8)
+        images = next(drawn, None)
+        if images is not None:
+            mine[:len(images)] = torch.from_numpy(images)
+        parts = [torch.empty_like(mine) for _ in range(WORLD)] if RANK == 0 else None
+        with with_the_others():
+            dist.gather(mine, parts)
+        for rank, part in enumerate(parts or []):
+            count = min(batch_size, len(labels) - start - rank * batch_size)
+            if count > 0:
+                yield part[:count].numpy()
+
+
+# -------------------------------------------------------------------------- filmstrips
+
+# Each returns rows of (image, caption), to be drawn by make_grid. `names` are those of the
+# classes of the labels, `options` are cfg_scale and cfg_skip.
+
+def decode(codec, z, batch_size=100):
+    """(B, T, C) -> (B, S, S, 3) uint8, a batch at a time."""
+    return np.concatenate([to_uint8(codec.decode(part)) for part in z.split(batch_size)])
+
+
+def rows_of(columns, captions, names):
+    """Columns of images (B, S, S, 3) with a caption each -> a row of each image."""
+    rows = []
+    for b, name in enumerate(names):
+        rows.append([(images[b], f"{caption}\n{name}")
+                     for images, caption in zip(columns, captions)])
+    return rows
+
+
+def steps_filmstrip(model, codec, labels, names, noise, options):
+    """What each step predicts."""
+    columns = [decode(codec, x) for x in predict(model, labels, noise, **options)]
+    captions = [f"step {k + 1}" for k in range(len(columns))]
+    return rows_of(columns, captions, names)
+
+
+def guidance_filmstrip(model, codec, labels, names, noise, options):
+    """The same noise with more and more guidance."""
+    columns, captions = [], []
+    for scale in (1, 1.5, 2, 3, 4, 6):
+        z = predict(model, labels, noise, scale, options["cfg_skip"])[-1]
+        columns.append(decode(codec, z))
+        captions.append(f"guidance {scale:g}")
+    return rows_of(columns, captions, names)
+
+
+def angle_filmstrip(model, codec, labels, names, noise, options):
+    """A sample turned towards noise and decoded; below, what the denoiser makes of it."""
+    z = predict(model, labels, noise, **options)[-1]
+    length = z.pow(2).mean((1, 2), keepdim=True).sqrt()     # predictions leave the sphere
+    noisy, denoised, captions = [], [], []
+    for degrees in range(0, 91, 15):
+        v = rotate(z, noise[0], math.radians(degrees))
+        noisy.append(decode(codec, v * length))
+        denoised.append(decode(codec, model(v, labels).float()))
+        captions.append(f"{degrees}°")
+    above = rows_of(noisy, [f"{caption} noisy" for caption in captions], names)
+    below = rows_of(denoised, [f"{caption} denoised" for caption in captions], names)
+    return [row for pair in zip(above, below) for row in pair]
+
+
+def slerp(a, b, share):
+    """The point at a share of the way from a to b along the sphere, for (B, T, C) each."""
+    a, b = to_sphere(a), to_sphere(b)
+    cosine = (a * b).mean((1, 2), keepdim=True).clamp(-1 + 1e-6, 1 - 1e-6)
+    angle = torch.acos(cosine)
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / angle.sin()
+
+
+def slerp_filmstrip(codec, z, names):
+    """From each latent of z (B, T, C) to the next along the sphere, and from the last to the first.
+
+    The ends keep their lengths, which the RAE's latents have.
+    """
+    length = z.pow(2).mean((1, 2), keepdim=True).sqrt()
+    other, other_length = z.roll(-1, 0), length.roll(-1, 0)
+    columns, captions = [], []
+    for share in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        between = slerp(z, other, share) * ((1 - share) * length + share * other_length)
+        columns.append(decode(codec, between))
+        captions.append(f"{share:.0%}")
+    pairs = [f"{name} to {following}" for name, following in zip(names, names[1:] + names)]
+    return rows_of(columns, captions, pairs)
+
+
+def edit_filmstrip(model, codec, labels, names, noise, options, images, angles, each):
+    """Images (B, S, S, 3) uint8, and their edits from each angle (degrees) of noise.
+
+    Every image stands `each` times, with other classes. With one angle only, these share a row.
+    """
+    start = codec.encode(to_float(images, labels.device))
+    columns, captions = [images], ["input for"]
+    for degrees in angles:
+        z = edit(model, labels, noise, start, degrees, **options)
+        columns.append(decode(codec, z))
+        captions.append(f"{degrees:g}°")
+    rows = rows_of(columns, captions, names)
+    if len(angles) > 1:
+        return rows
+
+    joined = []
+    for first in range(0, len(rows), each):
+        original = (rows[first][0][0], "input\n")
+        joined.append([original] + [row[1] for row in rows[first:first + each]])
+    return joined
+
+
+FILMSTRIPS = {"steps": steps_filmstrip, "guidance": guidance_filmstrip,
+              "angle": angle_filmstrip}
+
+
+# ---------------------------------------------------------------------------- pictures
+
+def make_grid(rows):
+    """Lay out rows of (image, caption), with images (S, S, 3) uint8, small ones enlarged.
+
+    A caption has two lines at most, and what does not fit below its image is cut.
+    """
+    size = len(rows[0][0][0])
+    tile = size * math.ceil(96 / size)
+    lines = max(caption.count("\n") + 1 for row in rows for _, caption in row)
+    width, height = tile + 4, tile + 4 + 12 * lines
+    columns = max(len(row) for row in rows)
+    grid = Image.new("RGB", (columns * width + 4, len(rows) * height + 4), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(10)
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        x, y = 4 + i % columns * width, 4 + i // columns * height
-        image = Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST)
-        grid.paste(image, (x, y))
-        draw.text((x + tile / 2, y + tile + 1), caption[:tile // 5], "black", font, anchor="ma")
+
+    for i, row in enumerate(rows):
+        for j, (image, caption) in enumerate(row):
+            x, y = 4 + j * width, 4 + i * height
+            image = Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST)
+            grid.paste(image, (x, y))
+            for k, line in enumerate(caption.split("\n")):
+                line = fit_text(line, font, tile)
+                draw.text((x + tile / 2, y + tile + 12 * k), line, "black", font, anchor="ma")
     return grid
 
-def write_png(path, image):
-    write_file(path, lambda file: image.save(file, format="PNG"))
+
+def fit_text(text, font, width):
+    """Cut a text to a width in pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def grid_rows(images, captions, columns):
+    """A list of images and one of captions -> rows for `make_grid`."""
+    cells = list(zip(images, captions))
+    return [cells[i:i + columns] for i in range(0, len(cells), columns)]
+
+
+def write_picture(path, image, comment=""):
+    """Write a PIL image in the format of the path's suffix; a comment goes into PNG files."""
+    info = PngInfo()
+    if comment:
+        info.add_text("Comment", comment)
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    options = dict(pnginfo=info) if kind == "PNG" else dict(quality=95)
+    write_file(path, lambda file: image.save(file, format=kind, **options))
+
 
 def write_npz(file, batches, labels, size):
     """Write arr_0 (N, size, size, 3) uint8, batch by batch, and arr_1 (N,), like np.savez."""
@@ -137,124 +363,225 @@ def write_npz(file, batches, labels, size):
         with archive.open("arr_1.npy", "w") as member:
             np.save(member, labels)
 
-# ------------------------------------------------------------------------------------ the script
+
+def write_folder(folder, batches, labels):
+    """Write 000000.png, 000001.png, ... and, when all are there, labels.txt."""
+    images = (image for batch in batches for image in batch)
+    for i, image in enumerate(images):
+        write_picture(folder / f"{i:06d}.png", Image.fromarray(image))
+    write_file(folder / "labels.txt", lambda file: np.savetxt(file, labels, "%d"))
+
+
+# --------------------------------------------------------------------------- the bench
 
 def seconds(work, times=3):
-    """Mean time of a call of work(), which returns a tensor, after three calls to warm up."""
+    """The mean time of a call of work(), which returns a tensor, after three to warm up."""
     for calls in (3, times):
-        started = time.time()
+        started = time.perf_counter()
         for _ in range(calls):
             result = work()
-        result.flatten()[0].item()                              # waits for the device
-    return (time.time() - started) / times
+        result.flatten()[0].item()          # waits for the device
+    return (time.perf_counter() - started) / times
 
-def bench(model, codec, B, device, dtype, options):
-    """Print images/s, and how much longer a detour through pixels after each step would take."""
-    labels = torch.arange(B, device=device) % model.config.num_classes
-    pixels = dict(between=lambda z: codec.encode(codec.decode(z)))
-    with autocast(device, dtype):
-        direct = seconds(lambda: codec.decode(generate(model, labels, **options)))
-        detour = seconds(lambda: codec.decode(generate(model, labels, **options, **pixels)))
-    print(f"{device}, batch {B}, {options}: {B / direct:.4g} images/s, decoded; through pixels at "
-          f"each step {B / detour:.4g}, {detour / direct:.2f} times the time")
+
+def bench(model, codec, batch_size, device, dtype, sampling):
+    """Print images/s, and how much longer the loop through pixels takes."""
+    labels = torch.arange(batch_size, device=device) % model.config.num_classes
+    noise = draw_noise(0, range(batch_size), codec.latent_shape, sampling["steps"]).to(device)
+    options = dict(cfg_scale=sampling["cfg_scale"], cfg_skip=sampling["cfg_skip"])
+    with torch.no_grad(), autocast(device, dtype):
+        direct = seconds(lambda: codec.decode(predict(model, labels, noise, **options)[-1]))
+        through_pixels = seconds(lambda: codec.decode(
+            predict_through_pixels(model, codec, labels, noise, **options)))
+    print(f"{device}, batch {batch_size}, {sampling['steps']} steps, guidance "
+          f"{sampling['cfg_scale']:g}: {batch_size / direct:.4g} images/s, decoded; through "
+          f"pixels at each step {batch_size / through_pixels:.4g} images/s, "
+          f"{through_pixels / direct:.2f} times the time")
+
+
+# -------------------------------------------------------------------------- the script
 
 def choose_classes(typed, classes, path):
-    """Class numbers for what the user typed: names, in any case, or numbers; default: all."""
-    numbers = {str(i): i for i in range(len(classes))}
-    numbers |= {name.lower(): i for i, name in enumerate(classes)}
-    names = ",".join(typed).lower().split(",") if typed else []
-    for name in names:
-        if name not in numbers:
-            hint = ""
-            for other in path.parent.parent.glob("*/ckpt.pt"):
-                with contextlib.suppress(UserError):            # it may be damaged, or old
-                    if name in map(str.lower, load_checkpoint(other)["classes"]):
-                        hint = f"; try --ckpt {other}"
-            raise UserError(f"--classes {name}: {path} knows {', '.join(classes[:20])}{hint}")
-    return [numbers[name] for name in names] or list(range(len(classes)))
+    """Numbers of the classes that the user typed, or of all.
 
-def main():
+    A typed word is one class, by name or number, or several with commas between them.
+    """
+    chosen = []
+    for word in typed or []:
+        parts = [word] if match_class(word, classes) is not None else word.split(",")
+        for part in parts:
+            number = match_class(part.strip(), classes)
+            if number is None:
+                shown = ", ".join(classes[:20])
+                more = f" and {len(classes) - 20} more" if len(classes) > 20 else ""
+                raise UserError(f"--classes {part.strip()}: {path} knows {shown}{more}")
+            chosen.append(number)
+    return chosen or list(range(len(classes)))
+
+
+def forward_passes(steps, cfg_scale, cfg_skip):
+    """The number of forward passes that an image takes (NFE): two for a guided step."""
+    scales = guidance_scales(steps, cfg_scale, cfg_skip)
+    return sum(1 if scale == 1 else 2 for scale in scales)
+
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def choose_output(typed, run_folder, kind):
+    """Where the result goes: (path, "picture", "npz" or "folder"). kind: of filmstrip, if any."""
+    if typed is None:
+        number = 1
+        while (run_folder / f"grid_{number}.png").exists():
+            number += 1
+        path, what = run_folder / f"grid_{number}.png", "picture"
+    else:
+        path, suffix = Path(typed), Path(typed).suffix.lower()
+        what = "picture" if suffix in PICTURES else "npz" if suffix == ".npz" else "folder"
+        # In samples_cfg1.5 the dot begins no suffix.
+        if what == "folder" and suffix[1:].isalpha() and not typed.endswith("/"):
+            raise UserError(f"--out {path}: must end in {', '.join(PICTURES)} or .npz, or be a "
+                            "folder")
+    if kind and what != "picture":
+        raise UserError(f"--out {path}: a filmstrip is a picture ({', '.join(PICTURES)})")
+    if what == "folder" and path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--out {path}: must be a new folder, or an empty one")
+    check_writable(path if what == "folder" else path.parent)
+    return path, what
+
+
+def make_filmstrip(kind, model, codec, labels, names, noise, options, images, sources, angles):
+    """Rows of (image, caption) of a filmstrip; images: (B, S, S, 3) of --init, or None."""
+    if kind == "edit":
+        each = len(labels) // len(sources)
+        return edit_filmstrip(model, codec, labels, names, noise, options, images, angles, each)
+    if kind != "slerp":
+        return FILMSTRIPS[kind](model, codec, labels, names, noise, options)
+    if images is None:
+        return slerp_filmstrip(codec, predict(model, labels, noise, **options)[-1], names)
+    z = codec.encode(to_float(images, labels.device))
+    return slerp_filmstrip(codec, z, [Path(source).stem for source in sources])
+
+
+def parse_args():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--ckpt", type=Path, default="out", help="a file, or a folder: its newest; default: out")
+    add("--ckpt", type=expanded, default="out",
+        help="a checkpoint, or a folder: the newest in it; default: out")
     add("--num_images", type=within(int, 1), help="default: 8 a class; with --init, for each")
     add("--classes", nargs="+", help="names or numbers, drawn in equal numbers; default: all")
     add("--seed", type=within(int, 0), default=0, help="of the noise; default: 0")
-    add("--out", help="a grid (.png), an .npz or a folder of PNGs; default: grid_FLAGS.png")
-    add("--filmstrip", nargs="?", const="steps", choices=[*FILMSTRIPS][:4], help="of each image")
-    add("--init", nargs="+", metavar="PATH", help="images, or folders of them, to edit")
-    add("--init_angle", nargs="+", type=within(float, 0, 90), default=[60], help="degrees; 60")
-    add("--steps", type=within(int, 1), default=SUPPRESS, help="default: 4; 1 where distilled")
-    add("--cfg_scale", type=within(float, 0, 20), default=SUPPRESS, help="guidance; 1 for none")
-    add("--cfg_skip", type=within(int, 0), default=SUPPRESS, help="first steps without guidance")
-    add("--same_noise", action=BooleanOptionalAction, default=SUPPRESS, help="one for all steps")
+    add("--out", type=expanded,
+        help="a picture, an .npz or a folder of PNGs; default: grid_N.png beside the checkpoint")
+    add("--filmstrip", nargs="?", const="steps", choices=[*FILMSTRIPS, "slerp"],
+        help="of each image: its steps (the default), guidance, angle, or slerp to the next")
+    add("--init", nargs="+", metavar="PATH", type=expanded,
+        help="images, or folders of them, to edit")
+    add("--init_angle", nargs="+", type=within(float, 0, 90), default=[60.0],
+        help="degrees of noise that --init starts from; default: 60")
+    add("--steps", type=within(int, 1), default=SUPPRESS, help="default: the run's (4 or 1)")
+    add("--cfg_scale", type=within(float, 0, 20), default=SUPPRESS,
+        help="guidance, 1 for none; default: the run's")
+    add("--cfg_skip", type=within(int, 0), default=SUPPRESS,
+        help="first steps without guidance; default: the run's")
+    add("--same_noise", action=BooleanOptionalAction, default=SUPPRESS,
+        help="one noise for all steps; default: the run's")
+    add("--pixel_loop", action="store_true",
+        help="decode and encode between steps, as Sphere Encoder does")
     add("--bench", action="store_true", help="time denoising and decoding instead")
     add("--compile", action="store_true", help="torch.compile the denoiser, for many images")
     add("--batch_size", type=within(int, 1), default=100, help="images at a time; default: 100")
-    args = parser.parse_args()
-    rank, world, device = join(args)
-    path = max(args.ckpt.rglob("ckpt.pt"), key=lambda file: file.stat().st_mtime, default=args.ckpt)
-    checkpoint = load_checkpoint(path)
-    model, codec = load_model(checkpoint, device), load_codec_of(checkpoint, device)
-    if args.compile:
-        model.compile()
-    options = {name: (checkpoint["settings"] | vars(args))[name] for name in SAMPLING}
-    if args.bench:
-        return from_first(lambda: bench(model, codec, args.batch_size, device, args.dtype, options))
+    return parser.parse_args()
 
-    chosen = choose_classes(args.classes, checkpoint["classes"], path)
+
+def main():
+    args = parse_args()
     kind = args.filmstrip or ("edit" if args.init else None)
-    view, values, rows = FILMSTRIPS.get(kind, (generate, [], []))
-    values = args.init_angle if kind == "edit" else values
-    more = dict(values=values) if values else {}
+    if args.init and args.filmstrip not in (None, "slerp"):
+        raise UserError(f"--filmstrip {args.filmstrip}: draws its own samples; drop --init")
+    if args.pixel_loop and kind:
+        raise UserError("--pixel_loop: is for plain samples; drop --filmstrip and --init")
+    device = join(args.device, args.weights_dir)
+
+    # All processes must draw from one checkpoint, and a run may be saving meanwhile.
+    def find():
+        path = find_checkpoint(args.ckpt)
+        return path, load_checkpoint(path)["step"]
+    path, step = from_first(find)
+    checkpoint = load_checkpoint(path)
+    if checkpoint["step"] != step:
+        raise UserError(f"{path}: was saved again meanwhile; run the command again")
+    model = load_model(checkpoint, device)
+    codec = load_codec_of(checkpoint, device)
+    classes, settings = checkpoint["classes"], checkpoint["settings"]
+    sampling = sampling_of(checkpoint)
+    sampling.update({name: vars(args)[name] for name in SAMPLING if name in args})
+    options = dict(cfg_scale=sampling["cfg_scale"], cfg_skip=sampling["cfg_skip"])
+
+    if args.compile:
+        error = can_compile(device)
+        if error is not None:
+            raise UserError(f"--compile: does not work here ({' '.join(str(error).split())[:200]})")
+        model.compile()
+    if args.bench:
+        from_first(lambda: bench(model, codec, args.batch_size, device, args.dtype, sampling))
+        return
+
+    # What to draw: as many of each class, the classes in turn.
+    chosen = choose_classes(args.classes, classes, path)
     count = args.num_images or min(len(chosen), 10) * (1 if kind else 8)
     labels = torch.tensor(chosen)[torch.arange(count) % len(chosen)]
-    names = [checkpoint["classes"][y] for y in labels]
-    if args.init:                                               # every image with all the labels
-        images, each = find_images(*args.init), 1 if kind == "slerp" else count
-        labels, count = labels[:each].repeat(len(images)), each * len(images)
-        names *= len(images)
-        if kind == "slerp":
-            names = [Path(file).stem[-5:] for file in images.source]
-        loaded = [images.load(i, codec.image_size) for i in range(len(images))]
-        more |= dict(init=np.repeat(loaded, each, 0), init_angle=args.init_angle[0])
-    flags = re.sub(r"[^\w.,]+", "_", " ".join(sys.argv[1:]))   # the picture is named after them
-    out = Path(args.out or path.parent / f"grid{flags[:150]}.png")
-    suffix = out.suffix.lower()
-    if (suffix in (".jpg", ".jpeg", ".webp", ".gif", ".npy") or (kind and suffix != ".png")
-            or (not suffix and any(out.glob("*")))):
-        raise UserError(f"--out {out}: must be a .png, or for plain samples an .npz or new folder")
+    names = [classes[label] for label in labels]
+    images, sources = None, []
+    if args.init:
+        loaded = find_images(*args.init)
+        each = 1 if kind == "slerp" else count
+        images = np.stack([loaded.load(i, codec.image_size) for i in range(len(loaded))])
+        images, sources = np.repeat(images, each, axis=0), loaded.source
+        labels, names = labels[:each].repeat(len(loaded)), names[:each] * len(loaded)
+    if kind == "slerp" and len(labels) < 2:
+        raise UserError("--filmstrip slerp: needs two samples, or two images of --init")
+    out, what = from_first(lambda: choose_output(args.out, path.parent, kind))
 
-    at_once = count if kind == "slerp" else args.batch_size     # its rows form a ring
-    batches = sample_batches(model, codec, labels, at_once, device, args.seed, args.dtype, view,
-                             rank, world, **options, **more)
-    if rank > 0:
-        return list(batches)                                    # its share, for the first process
-    guided = 0 if options["cfg_scale"] == 1 else options["steps"]
-    nfe = options["steps"] + guided - max(0, min(guided - 2, options["cfg_skip"]))
-    nfe = f"at most {nfe}" if args.init else nfe
-    print(f"{path}: step {checkpoint['step']}, {count} images, {options}, NFE {nfe}", flush=True)
-    batches = tqdm(batches, total=math.ceil(count / at_once), unit="batch")
+    nfe = forward_passes(sampling["steps"], **options)
+    if RANK == 0:
+        print(f"{path}: step {checkpoint['step']:,} of {settings['max_steps']:,}, {len(labels)} "
+              f"images, {sampling}, NFE {'at most ' if kind == 'edit' else ''}{nfe}", flush=True)
+        if sampling["steps"] > 8 and settings["steps"] <= 8:
+            print("note: more than 6 to 8 steps make samples worse (assets/results.md)")
+    comment = shlex.join(["python", *sys.argv])
+
+    # Filmstrips are small: the first process draws them alone, and all at once.
     if kind:
-        strips = np.concatenate(list(batches), axis=-4)         # (..., columns, N, S, S, 3)
-        columns = values or range(1, 1 + len(strips))
-        if kind == "edit":
-            strips = np.stack([more["init"], *strips])
-            columns = ["input for", *(f"{angle:g}°" for angle in values)]
-        images = np.moveaxis(strips, -4, 0).reshape(-1, *strips.shape[-3:])
-        captions = [row.format(column, *both) for both in zip(names, names[1:] + names)
-                    for row in rows for column in columns]
-        write_png(out, make_grid(images, captions, len(columns)))
-    elif suffix == ".png":
-        columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(count))
-        write_png(out, make_grid(np.concatenate(list(batches)), names, min(columns, count)))
-    elif suffix == ".npz":
+        def draw():
+            noise = draw_noise(args.seed, range(len(labels)), codec.latent_shape,
+                               sampling["steps"], sampling["same_noise"])
+            with torch.no_grad(), autocast(device, args.dtype):
+                rows = make_filmstrip(kind, model, codec, labels.to(device), names,
+                                      noise.to(device), options, images, sources,
+                                      args.init_angle)
+            write_picture(out, make_grid(rows), comment)
+            print(f"wrote {out}")
+        from_first(draw)
+        return
+
+    batches = sample_batches(model, codec, labels, args.batch_size, seed=args.seed,
+                             pixel_loop=args.pixel_loop, dtype=args.dtype, **sampling)
+    if RANK > 0:
+        for _ in batches:
+            pass                    # its share goes to the first process
+        return
+    batches = tqdm(batches, total=math.ceil(len(labels) / args.batch_size), unit="batch")
+    if what == "npz":
         write_file(out, lambda file: write_npz(file, batches, labels.numpy(), codec.image_size))
+    elif what == "folder":
+        write_folder(out, batches, labels)
     else:
-        for i, image in enumerate(image for images in batches for image in images):
-            write_png(out / f"{i:06d}.png", Image.fromarray(image))
-        write_file(out / "labels.txt", lambda file: np.savetxt(file, labels, "%d"))
+        columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(count))
+        drawn = np.concatenate(list(batches))
+        write_picture(out, make_grid(grid_rows(drawn, names, columns)), comment)
     print(f"wrote {out}")
+
 
 if __name__ == "__main__":
     run(main)

@@ -2,25 +2,26 @@
 
     python train.py                                              # the drawn shapes, on a CPU
     torchrun --nproc_per_node=8 train.py --dataset flowers       # --batch_size is of all
-    python train.py --resume                                     # go on after an interruption
-    python train.py --distill out/shapes/ckpt.pt                 # then: draw in one pass
+    python train.py --resume                                     # go on, or start
+    python train.py --distill out/shapes                         # then: draw in one pass
 
-Encodes the dataset first if need be. Writes ckpt.pt, log.csv, curve.png and samples/ to out_dir.
-Interrupting a run, or splitting it over devices, changes nothing; Ctrl-C saves before it stops.
+Encodes the dataset first, if need be. Writes ckpt.pt, log.csv, curve.png and samples/ to
+out/<dataset>/. Interrupting a run, or splitting it over devices, changes nothing; Ctrl-C
+saves before it stops.
 """
 import argparse
 import copy
+import csv
 import functools
+import io
 import math
-import os
 import shlex
 import signal
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -28,423 +29,1247 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from encode import (CODEC_OF, CODECS, SMALL_CODECS, UserError, autocast, cache_key, dataset_place,
-                    find_dataset, fingerprint, from_first, join, make_parser,
-                    open_cache, prepare_codec, run, to_float, within, write_file)
-from model import (PRESETS, Denoiser, Distillation, ModelConfig, distribution_matching, flops,
-                   largest_angle, losses, noise_angle)
-from sample import (CHECKPOINT_FORMAT, SAMPLING, load_checkpoint, load_codec_of, make_grid,
-                    sample_batches, seconds, write_png)
+import fid
+from encode import (
+    CHUNK, CODECS, RANK, SMALL_CODECS, WORLD, Cache, Dataset, UserError, autocast, barrier,
+    cache_key, can_compile, check_writable, expanded, find_dataset, fingerprint, from_first,
+    in_turn, join, latent_shape, load_state, locate, make_parser, open_cache, prepare_codec,
+    run, to_float, with_the_others, within, write_file)
+from model import (
+    PRESETS, Denoiser, Distillation, ModelConfig, distribution_matching, flops, generate,
+    guidance_scales, imitation, largest_angle, losses, noise_angle, sampling_angles)
+from sample import (
+    CHECKPOINT_FORMAT, SAMPLING, draw_batches, find_checkpoint, grid_rows, load_checkpoint,
+    load_codec_of, make_grid, seconds, split_batches, write_picture)
 
-# ----------------------------------------------------------------------------------- the settings
 
-def flag(default, help, **options):
+# ========================================================================= the settings
+
+def flag(help, default=MISSING, **options):
+    """A field of Settings that is a flag, too; options: of argparse."""
     return field(default=default, metadata=dict(help=help, **options))
 
-@dataclass(frozen=True)
+
+YES_OR_NO = argparse.BooleanOptionalAction
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What makes a run what it is: every field is a flag, and is stored in the checkpoint."""
-    dataset: str = flag("shapes", "shapes, flowers, afhq, imagenet, or a folder of images")
-    distill: str = flag("", "checkpoint to make a one-step generator of", metavar="CKPT")
-    init_from: str = flag("", "checkpoint to start from, with its codec", metavar="CKPT")
-    teacher_cfg: float = flag(1.0, "guidance of the one distilled", type=within(float, 0, 20))
-    preset: str = flag("tiny", "size of the denoiser", choices=PRESETS)
-    codec: str = flag("small", "frozen autoencoder", choices=CODECS)
-    flip: bool = flag(False, "train on mirrored images, too", action=argparse.BooleanOptionalAction)
-    seed: int = flag(0, "seed of weights, order and noise", type=within(int, 0))
-    batch_size: int = flag(256, "images a step, over all devices", type=within(int, 1))
-    accumulate: int = flag(1, "passes a device's share is split into", type=within(int, 1))
-    max_steps: int = flag(100_000, "steps of the whole run", type=within(int, 1))
-    optimizer: str = flag("adamw", "muon: for the blocks' matrices", choices=["adamw", "muon"])
-    lr: float = flag(2e-4, "peak learning rate", type=within(float, 0))
-    warmup: int = flag(1000, "steps of linear warm-up", type=within(int, 1))
-    weight_decay: float = flag(0.01, "decoupled, as in AdamW", type=within(float, 0))
-    ema_decay: float = flag(0.9995, "of the weights' moving average", type=within(float, 0, 1))
-    label_dropout: float = flag(0.1, "share of labels left out", type=within(float, 0, 1))
-    sphere: bool = flag(True, "project noisy latents", action=argparse.BooleanOptionalAction)
-    max_angle: float = flag(0.0, "degrees of most noise; 0: by size", type=within(float, 0, 89.99))
-    angle_mean: float = flag(0.0, "mean of the logit-normal law of the noise", type=float)
-    angle_std: float = flag(1.0, "spread of that law", type=within(float, 0.01))
-    consistency_weight: float = flag(0.1, "of that loss; 0 saves its pass", type=within(float, 0))
-    cfg_scale: float = flag(1.5, "guidance of sampling", type=within(float, 0, 20))
-    cfg_skip: int = flag(0, "first sampling steps without guidance", type=within(int, 0))
-    steps: int = flag(4, "sampling steps", type=within(int, 1))
-    same_noise: bool = flag(True, "one noise for all steps", action=argparse.BooleanOptionalAction)
-    log_every: int = flag(100, "steps between log lines", type=within(int, 1))
-    save_every: int = flag(2500, "steps between checkpoints", type=within(int, 1))
-    sample_every: int = flag(5000, "steps between sample grids", type=within(int, 1))
+    """What makes a run what it is: every field is a flag, and is stored in the checkpoint.
 
-# A run's settings: the defaults above, then its preset's, its dataset's, and the flags given. The
-# sizes are the paper's; the rest of its settings is unknown, and follows RAE and Sphere Encoder.
-PRESET_SETTINGS = {"tiny": dict(
-    batch_size=128, max_steps=1700, lr=3e-3, warmup=100, ema_decay=0.999, consistency_weight=0.0,
-    optimizer="muon", cfg_scale=2.0, cfg_skip=1, log_every=50, save_every=500, sample_every=500)}
-DATASET_SETTINGS = {
-    "shapes": dict(same_noise=False, teacher_cfg=1.5),      # both worse on photographs
-    "flowers": dict(preset="B", weight_decay=0.0, max_steps=32_000),            # 1,000 epochs
-    "afhq": dict(preset="B", weight_decay=0.0, max_steps=57_000),               # 1,000 epochs
-    "imagenet": dict(preset="XL", weight_decay=0.0, batch_size=1024, max_steps=500_000,
-                     save_every=5000),                                          # 400 epochs
-}
-DISTILL_SETTINGS = dict(        # instead of those of the checkpoint that it starts from
-    optimizer="adamw", lr=1.5e-4, weight_decay=0, warmup=1, ema_decay=0.99, label_dropout=0,
-    steps=1, cfg_scale=1, batch_size=64, max_steps=600, save_every=100, sample_every=100)
-FIXED = ("preset", "codec", "sphere", "max_angle", "angle_mean", "angle_std")   # by the start
-RESUMED = (*FIXED, "distill", "flip", "seed", "batch_size", "optimizer")
-BINS = 6                        # the loss is also logged for sixths of the noise angles
-NOISE_BLOCK = 16                # images whose noise is drawn together
+    A field without a default stands in every block below.
+    """
 
-def settings_of(flags):
-    """The Settings of a new run, from the flags that were given."""
-    source = flags.get("distill") or flags.get("init_from")
-    start = load_checkpoint(source)["settings"] if source else {}
-    if start.get("distill") or flags.get("distill") and not start["sphere"]:
-        raise UserError(f"{source}: is distilled already, or was trained with --no-sphere")
+    # The data.
+    dataset: str = flag("shapes, flowers, afhq, imagenet, or a folder of images", type=expanded)
+    codec: str = flag("the frozen autoencoder", choices=CODECS)
+    flip: bool = flag("train on mirrored images, too", False, action=YES_OR_NO)
+
+    # The network, and the noise that it learns to remove.
+    preset: str = flag("size of the network", choices=PRESETS)
+    sphere: bool = flag("project noisy latents onto the sphere", True, action=YES_OR_NO)
+    max_angle: float = flag("the largest noise angle, degrees; 0: by the latent's size", 0.0,
+                            type=within(float, 0, 89.99))
+    angle_mean: float = flag("mean of the logit-normal law of the noise", 0.0, type=float)
+    angle_std: float = flag("spread of that law", 1.0, type=within(float, 0.01))
+
+    # The optimizer. The learning rate rises for `warmup` steps, stays until half of the
+    # run, and falls by a cosine to a hundredth.
+    batch_size: int = flag("images a step, over all devices", type=within(int, 1))
+    max_steps: int = flag("steps of the whole run", type=within(int, 1))
+    optimizer: str = flag("muon: for the matrices of the blocks", choices=["adamw", "muon"])
+    lr: float = flag("peak learning rate", type=within(float, 0))
+    warmup: int = flag("steps of linear warm-up", type=within(int, 1))
+    weight_decay: float = flag("decoupled, as in AdamW", type=within(float, 0))
+    beta1: float = flag("AdamW's average of gradients", 0.9, type=within(float, 0, 1))
+    beta2: float = flag("AdamW's average of their squares", 0.95, type=within(float, 0, 1))
+    grad_clip: float = flag("largest norm of the gradient", 1.0, type=within(float, 0))
+    ema_decay: float = flag("of the moving average of the weights", type=within(float, 0, 1))
+    accumulate: int = flag("passes that a device's share of a batch is split into", 1,
+                           type=within(int, 1))
+    seed: int = flag("of weights, order and noise", 0, type=within(int, 0))
+
+    # The losses.
+    label_dropout: float = flag("share of labels left out, for guidance", 0.1,
+                                type=within(float, 0, 1))
+    consistency_weight: float = flag("weight of that loss; 0 saves its pass",
+                                     type=within(float, 0))
+
+    # Other beginnings than random weights.
+    init_from: str = flag("checkpoint to start from, with its codec", "", metavar="CKPT",
+                          type=expanded)
+    distill: str = flag("checkpoint to make a one-step generator of", "", metavar="CKPT",
+                        type=expanded)
+    imitate_steps: int = flag("of distillation: first steps, which imitate the sampler", 0,
+                              type=within(int, 0))
+    imitate_lr: float = flag("peak learning rate of those", 1e-3, type=within(float, 0))
+    teacher_steps: int = flag("steps of the sampler that is imitated", 4, type=within(int, 1))
+    teacher_cfg: float = flag("guidance of the denoiser that is distilled", 1.5,
+                              type=within(float, 0, 20))
+
+    # How images are drawn from it.
+    steps: int = flag("sampling steps", type=within(int, 1))
+    cfg_scale: float = flag("guidance of sampling, 1 for none", type=within(float, 0, 20))
+    cfg_skip: int = flag("first sampling steps without guidance", type=within(int, 0))
+    same_noise: bool = flag("one noise for all sampling steps", action=YES_OR_NO)
+
+    # What happens every so many steps.
+    log_every: int = flag("steps between log lines", type=within(int, 1))
+    save_every: int = flag("steps between checkpoints", type=within(int, 1))
+    sample_every: int = flag("steps between sample grids", type=within(int, 1))
+    eval_every: int = flag("steps between evaluations; 0: none", 0, type=within(int, 0))
+    eval_images: int = flag("samples of an evaluation", 1000, type=within(int, 2))
+    eval_ref: str = flag("images or statistics they are compared with; default: the dataset",
+                         "", metavar="REF", type=expanded)
+    eval_features: str = flag("network that compares them", "codec",
+                              choices=["codec", "inception"])
+
+
+# A run uses one of these blocks with the flags laid over it, and nothing else. What is not
+# known of the paper's settings follows RAE, Sphere Encoder and assets/results.md.
+
+SHAPES = Settings(                  # five minutes on a CPU
+    dataset="shapes", codec="small", preset="tiny",
+    batch_size=128, max_steps=1700,
+    optimizer="muon", lr=3e-3, warmup=100, weight_decay=0.01, ema_decay=0.999,
+    consistency_weight=0.0,         # at equal time it lost
+    steps=4, cfg_scale=2.0, cfg_skip=1,
+    same_noise=False,               # new noise is better for drawings, worse for photographs
+    log_every=50, save_every=500, sample_every=500)
+
+FOLDER = Settings(                  # any folder of images, at 32 pixels
+    dataset="", codec="small", preset="tiny",
+    batch_size=128, max_steps=1700,
+    optimizer="muon", lr=3e-3, warmup=100, weight_decay=0.01, ema_decay=0.999,
+    consistency_weight=0.0,
+    steps=4, cfg_scale=2.0, cfg_skip=1, same_noise=True,
+    log_every=50, save_every=500, sample_every=500)
+
+FLOWERS = Settings(                 # 1,000 epochs
+    dataset="flowers", codec="rae", preset="B",
+    batch_size=256, max_steps=32_000,
+    optimizer="adamw", lr=2e-4, warmup=1000, weight_decay=0.0, ema_decay=0.9995,
+    consistency_weight=0.1,         # the paper has this loss; its weight is unpublished
+    steps=4, cfg_scale=1.5, cfg_skip=0, same_noise=True,
+    log_every=100, save_every=2500, sample_every=5000)
+
+AFHQ = Settings(                    # 1,000 epochs
+    dataset="afhq", codec="rae", preset="B",
+    batch_size=256, max_steps=57_000,
+    optimizer="adamw", lr=2e-4, warmup=1000, weight_decay=0.0, ema_decay=0.9995,
+    consistency_weight=0.1,
+    steps=4, cfg_scale=1.5, cfg_skip=0, same_noise=True,
+    log_every=100, save_every=2500, sample_every=5000)
+
+IMAGENET = Settings(                # 400 epochs
+    dataset="imagenet", codec="rae", preset="XL",
+    batch_size=1024, max_steps=500_000,
+    optimizer="adamw", lr=2e-4, warmup=1000, weight_decay=0.0, ema_decay=0.9995,
+    consistency_weight=0.1,
+    steps=4, cfg_scale=1.5, cfg_skip=0, same_noise=True,
+    log_every=100, save_every=5000, sample_every=5000)
+
+DISTILL = Settings(                 # dataset, codec, preset and noise are the checkpoint's
+    dataset="shapes", codec="small", preset="tiny",
+    batch_size=64, max_steps=700, imitate_steps=400, imitate_lr=1e-3, teacher_cfg=1.5,
+    optimizer="adamw", lr=1.5e-4, warmup=1, weight_decay=0.0, ema_decay=0.99,
+    beta1=0.0, beta2=0.99,          # momentum makes matching collapse
+    label_dropout=0.0, consistency_weight=0.0,
+    steps=1, cfg_scale=1.0, cfg_skip=0, same_noise=True,
+    log_every=50, save_every=100, sample_every=100)
+
+BLOCKS = {"shapes": SHAPES, "flowers": FLOWERS, "afhq": AFHQ, "imagenet": IMAGENET}
+
+# What a run takes from the checkpoint that it starts from, and what it keeps when resumed.
+INHERITED = ("codec", "preset", "sphere", "max_angle", "angle_mean", "angle_std")
+KEPT = (*INHERITED, "flip", "batch_size", "optimizer", "seed", "imitate_steps")
+
+
+def choose_settings(flags, start=None):
+    """The settings of a new run, from flags (a dict); start: the checkpoint it starts from."""
     dataset = flags.get("dataset", "shapes")
-    values = dict(codec=CODEC_OF.get(dataset, "small")) | DATASET_SETTINGS.get(dataset, {})
-    values |= {name: start[name] for name in FIXED if start} | flags
-    values = PRESET_SETTINGS.get(values.get("preset", "tiny"), {}) | values
-    if "distill" in flags:
-        values = start | DISTILL_SETTINGS | flags
-    settings = Settings(**values)
-    ten = max(1, min(settings.log_every, settings.max_steps // 10))     # lines at least
-    return replace(settings, log_every=flags.get("log_every", ten))
+    if flags.get("distill"):
+        block = DISTILL
+    elif dataset in BLOCKS:
+        block = BLOCKS[dataset]
+    else:
+        block = replace(FOLDER, dataset=dataset)
+    if start is None:
+        return replace(block, **flags)
+
+    theirs = start["settings"]
+    source = flags.get("distill") or flags.get("init_from")
+    refuse_changes(flags, theirs, INHERITED, source)
+    block = replace(block, **{name: theirs[name] for name in INHERITED})
+    if flags.get("distill"):
+        if theirs["distill"] or not theirs["sphere"]:
+            raise UserError(f"{source}: is distilled already, or was trained with --no-sphere")
+        block = replace(block, dataset=theirs["dataset"])
+    return replace(block, **flags)
+
+
+def refuse_changes(flags, saved, names, path):
+    """Raise UserError if a flag differs from what a checkpoint has."""
+    for name in names:
+        if name in flags and flags[name] != saved[name]:
+            raise UserError(f"{path}: has --{name} {saved[name]}; drop yours")
+
 
 def parse_args():
+    """The command line: what does not belong to the settings, and the settings given (a dict)."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--out_dir", type=Path, help="where to write; default: out/<dataset>")
-    add("--resume", action="store_true", help="continue the run in out_dir")
+    add("--out_dir", type=expanded, help="where to write; default: out/<dataset>")
+    add("--resume", action="store_true", help="go on with the run in out_dir, or start it")
     add("--live", action="store_true", help="encode each batch as it is needed, without a cache")
-    add("--fit_steps", type=within(int, 1), default=1500, help="to fit a codec, if there is none")
+    add("--fit_steps", type=within(int, 1), default=1500,
+        help="steps to fit a small codec, if there is none; default: 1500")
     add("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
-    add("--compile", default="auto", choices=["auto", "on", "off"], help="auto: on CUDA")
-    add("--bench", action="store_true", help="time steps on random latents instead of training")
-    group = parser.add_argument_group("settings", "defaults by preset and dataset: see train.py")
+    add("--compile", default="auto", choices=["auto", "on", "off"],
+        help="torch.compile; auto (the default): on CUDA, and for long runs on a CPU")
+    add("--bench", action="store_true", help="time the steps of such a run instead")
+    group = parser.add_argument_group(
+        "settings", "in brackets the defaults for shapes; those of other runs are in train.py")
     for setting in fields(Settings):
-        group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, **setting.metadata)
+        options = dict(setting.metadata)
+        options["help"] += f" ({getattr(SHAPES, setting.name)})"
+        group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, **options)
     args = parser.parse_args()
-    return args, {name: vars(args)[name] for name in Settings.__annotations__ if name in args}
+    flags = {name: vars(args)[name] for name in Settings.__annotations__ if name in args}
+    return args, flags
 
-# ----------------------------------------------------------------------------------------- a step
+
+def plan_run(flags, out_dir, resume, data_dir):
+    """Decide what a command asks for: its Settings, its checkpoint's path, and where it starts.
+
+    Returns (settings, path, the path of the checkpoint to start from or None, whether that is
+    the run's own).
+    """
+    source = flags.get("distill") or flags.get("init_from")
+    if out_dir is None:
+        out_dir = default_out_dir(flags, source, data_dir)
+    path = Path(out_dir) / "ckpt.pt"
+
+    if resume and path.exists():
+        saved = load_checkpoint(path)["settings"]
+        refuse_changes(flags, saved, KEPT, path)
+        return Settings(**{**saved, **flags}), path, path, True
+    if resume:
+        print(f"{path}: is not there, so this run starts from the beginning")
+    if source:
+        source = find_checkpoint(source)
+        settings = choose_settings(flags, load_checkpoint(source))
+    else:
+        settings = choose_settings(flags)
+
+    if WORLD * settings.accumulate > 1 and settings.batch_size % (WORLD * settings.accumulate):
+        raise UserError(f"--batch_size: must be a multiple of {WORLD * settings.accumulate}")
+    if settings.distill and settings.accumulate > 1:
+        raise UserError("--accumulate: not with --distill; use a smaller --batch_size")
+    _, folder = locate(settings.dataset, data_dir)
+    if Path(out_dir).resolve() == folder.resolve():
+        raise UserError(f"--out_dir {out_dir}: holds the images; use another folder")
+    return settings, path, source, False
+
+
+def default_out_dir(flags, source, data_dir):
+    """out/<dataset>; a distilled run goes beside its source, and so does one tuned further."""
+    if flags.get("distill"):
+        folder = Path(source) if Path(source).is_dir() else Path(source).parent
+        return Path(f"{folder}-distilled")
+    name, _ = locate(flags.get("dataset", "shapes"), data_dir)
+    out_dir = Path("out") / name
+    if source and find_checkpoint(source).resolve() == (out_dir / "ckpt.pt").resolve():
+        return Path(f"{out_dir}-tuned")
+    return out_dir
+
+
+# ============================================================================= the data
+
+@dataclass(frozen=True)
+class CachedLatents:
+    """Batches from the cache: on the card, in memory, or read from disk.
+
+    `read` runs in a thread, one step ahead, and leaves torch's operations to `place`: in a
+    second thread they slow down every step on a CPU, and can crash on MPS.
+    """
+
+    cache: Cache
+    device: torch.device
+    latents: torch.Tensor       # (N, T, C) float16 on the card or in memory, or None
+
+    @property
+    def labels(self):
+        return self.cache.labels
+
+    def read(self, indexes):
+        """(B, T, C) float16 in memory, or None if the latents are on the card."""
+        on_card = self.device.type == "cuda"
+        if self.latents is not None and on_card:
+            return None
+        # From pinned memory, copies to the card do not hold up the program.
+        z = torch.empty(len(indexes), *self.cache.shape, dtype=torch.float16, pin_memory=on_card)
+        if self.latents is None:
+            self.cache.read(indexes, z.numpy())
+        else:
+            np.take(self.latents.numpy(), indexes, axis=0, out=z.numpy(), mode="clip")
+        return z
+
+    def place(self, indexes, z):
+        """(B, T, C) float32 and labels (B,) on the device."""
+        if z is None:
+            z = self.latents[torch.from_numpy(indexes).to(self.device)]
+        z = z.to(self.device, non_blocking=z.is_pinned() if z.device.type == "cpu" else False)
+        return z.float(), torch.from_numpy(self.labels[indexes]).to(self.device)
+
+
+@dataclass(frozen=True)
+class LiveLatents:
+    """Batches straight from the images: a thread reads these, `place` encodes them."""
+
+    dataset: Dataset
+    labels: np.ndarray          # (N,), or (2 N,) with the mirrored images
+    codec: torch.nn.Module
+    device: torch.device
+    dtype: str
+    pool: ThreadPoolExecutor    # decodes image files
+
+    def read(self, indexes):
+        """(B, S, S, 3) uint8."""
+        size = self.codec.image_size
+        images = self.pool.map(functools.partial(self.dataset.load, size=size), indexes)
+        return np.stack(list(images))
+
+    def place(self, indexes, images):
+        """(B, T, C) float32 and labels (B,) on the device."""
+        with torch.no_grad(), autocast(self.device, self.dtype):
+            z = self.codec.encode(to_float(images, self.device))
+        z = z.half().float()    # rounded as in the cache
+        return z, torch.from_numpy(self.labels[indexes]).to(self.device)
+
+
+def load_latents(cache, device):
+    """All latents of a cache, on a CUDA card or in memory; None where there is no room."""
+    on_card = device.type == "cuda"
+    room = torch.cuda.mem_get_info(device)[0] / 3 if on_card else 2**30
+    shape = len(cache.labels), *cache.shape
+    if 2 * math.prod(shape) > room:
+        return None
+    latents = torch.empty(shape, dtype=torch.float16, device=device if on_card else "cpu")
+    for k in cache.chunks():
+        latents[k * CHUNK:(k + 1) * CHUNK] = torch.tensor(cache.chunk(k))
+    return latents
+
 
 @functools.lru_cache(maxsize=2)
 def permutation(n, epoch, seed):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
+
 def batch_indexes(n, batch_size, step, seed):
     """Which of n images a step takes: epochs follow one another, each in an order of its own."""
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return np.array([permutation(n, place // n, seed)[place % n] for place in places])
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, places = np.divmod(places, n)
+    parts = [permutation(n, int(epoch), seed)[places[epochs == epoch]]
+             for epoch in np.unique(epochs)]
+    return np.concatenate(parts)
 
-def draw(step, rows, settings, config, device):
-    """The random numbers of a step for rows (a slice) of its batch, the same however it is split:
-    noise (B, T, C), angle (B,) radians, share (B,) in [0, 1), dropped (B,) bool."""
-    def generator(*key):
-        seed = np.random.SeedSequence((settings.seed, step, *key)).generate_state(1)
-        return torch.Generator(device).manual_seed(int(seed[0]))
-    u = torch.rand(3, settings.batch_size, generator=generator(0), device=device)
-    place = (torch.arange(len(u[0]), device=device) + u[0]) / len(u[0])         # stratified
-    angle = noise_angle(place, config.max_angle, settings.angle_mean, settings.angle_std)
+
+def read_batch(data, usable, step, rows, settings):
+    """This process's share of a step's images: their indexes, and what `place` makes latents of."""
+    chosen = batch_indexes(len(usable), settings.batch_size, step, settings.seed)
+    indexes = usable[chosen[rows]]
+    return indexes, data.read(indexes)
+
+
+# ============================================================================== a step
+
+NOISE_BLOCK = 16        # images whose noise is drawn together
+
+
+def generator_for(device, *key):
+    """A random generator that depends on the numbers of the key alone."""
+    seed = np.random.SeedSequence(key).generate_state(1)
+    return torch.Generator(device).manual_seed(int(seed[0]))
+
+
+def draw_gaussian(step, stream, rows, settings, config, device):
+    """Noise (B, T, C) for rows (a slice) of a step's batch, the same however it is split."""
     blocks = range(rows.start // NOISE_BLOCK, math.ceil(rows.stop / NOISE_BLOCK))
     shape = (NOISE_BLOCK, config.tokens, config.channels)
-    noise = [torch.randn(shape, generator=generator(1, k), device=device) for k in blocks]
-    noise = torch.cat(noise)[rows.start % NOISE_BLOCK:][:rows.stop - rows.start]    # cut to rows
+    noise = []
+    for block in blocks:
+        generator = generator_for(device, settings.seed, step, stream, block)
+        noise.append(torch.randn(shape, generator=generator, device=device))
+    first = rows.start % NOISE_BLOCK
+    return torch.cat(noise)[first:first + rows.stop - rows.start]
+
+
+def draw(step, rows, settings, config, device):
+    """The random numbers of a step for rows (a slice) of its batch.
+
+    Returns noise (B, T, C), angle (B,) radians, share (B,) in [0, 1), dropped (B,) bool.
+    """
+    generator = generator_for(device, settings.seed, step, 0)
+    u = torch.rand(3, settings.batch_size, generator=generator, device=device)
+
+    # Spread evenly over the batch, the angles make the loss vary less.
+    place = (torch.arange(settings.batch_size, device=device) + u[0]) / settings.batch_size
+    angle = noise_angle(place, config.max_angle, settings.angle_mean, settings.angle_std)
+    noise = draw_gaussian(step, 1, rows, settings, config, device)
     return noise, angle[rows], u[1, rows], u[2, rows] < settings.label_dropout
 
-def learning_rate(step, settings):
-    """Linear warm-up, then constant to half of the run, then a cosine down to a hundredth."""
-    decay = min(1.0, max(0.0, 2 * step / settings.max_steps - 1))
-    cosine = 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * decay))
-    return settings.lr * min(1.0, (step + 1) / settings.warmup) * cosine
 
-def make_model(config, settings, classes, start, device, nccl, compile_when):
-    """(model, DDP around it if need be, its moving average, optimizers); start: a checkpoint."""
-    torch.manual_seed(settings.seed)
-    denoiser = Denoiser(config).to(device)
-    if start:                                   # the rows of classes new to it stay random
-        table, old = denoiser.classes.weight.detach().clone(), start["ema"]["classes.weight"]
-        known = {name: row for row, name in enumerate([*start["classes"], None])}   # None: no class
-        for row, name in enumerate([*classes, None]):
-            if name in known:
-                table[row] = old[known[name]]
-        denoiser.load_state_dict(start["ema"] | {"classes.weight": table})
-    ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    model = Distillation(denoiser) if settings.distill else denoiser
-    optimizers, betas = [], (0.0, 0.99) if settings.distill else (0.9, 0.95)
-    others = dict(denoiser.named_parameters())
-    if settings.optimizer == "muon":            # for the matrices of attention and MLP
-        matrices = [others.pop(name) for name, weight in [*others.items()]
-                    if name.startswith("blocks") and weight.ndim == 2 and "adaln" not in name]
-        muon = torch.optim.Muon([dict(params=matrices, faster=2)], adjust_lr_fn="match_rms_adamw")
-        if device.type != "cuda":               # float32: bf16 can be twenty times slower there
-            muon.step = patch.object(torch.Tensor, "bfloat16", torch.Tensor.float)(muon.step)
-        optimizers.append(muon)
-    groups = [dict(params=others.values())]
-    if settings.distill:                        # fake must keep up with the generator
-        groups.append(dict(params=model.fake.parameters(), faster=2))
-    optimizers.append(torch.optim.AdamW(groups, betas=betas, fused=device.type != "mps"))
-    if compile_when == "on" or compile_when == "auto" and device.type == "cuda" and os.name != "nt":
-        model.compile()         # in place: the state dict keeps its names; Windows has no Triton
-    ddp = DDP(model, process_group=nccl) if dist.is_initialized() else model
-    return model, ddp, ema, optimizers
+def learning_rate(step, steps, peak, warmup=1):
+    """Linear warm-up, then constant to half of the steps, then a cosine down to a hundredth."""
+    decayed = max(0.0, 2 * step / steps - 1)                    # 0 to half, then up to 1
+    cosine = 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * decayed))
+    return peak * min(1.0, (step + 1) / warmup) * cosine
 
-def train_step(ddp, ema, optimizers, step, settings, batch, context):
-    """A step of the optimizers, unless a gradient is not finite, and of the moving average.
 
-    batch: z, labels, noise, angle, share. Returns the loss and its terms (3, B), and the norm.
+class FloatMuon(torch.optim.Muon):
+    """torch.optim.Muon in float32, and all matrices of one shape at once.
+
+    torch's iterates in bf16, which takes many times as long on most CPUs.
     """
-    model = getattr(ddp, "module", ddp)
-    parts = list(zip(*(tensor.chunk(settings.accumulate) for tensor in batch)))
-    terms = []
-    model.zero_grad()
-    for part in parts:
-        ddp.require_backward_grad_sync = part is parts[-1]          # what DDP's no_sync() sets
-        with context():
-            if settings.distill:
-                loss = distribution_matching(ddp, *part, settings.teacher_cfg)
-            else:
-                loss = losses(ddp, *part, settings.consistency_weight)
-        (loss[0].mean() / len(parts)).backward()
-        terms.append(torch.stack(loss).detach())
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
-    finite = torch.isfinite(grad_norm)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for weight in group["params"]:
+                by_shape.setdefault(weight.shape, []).append(weight)
+            for shape, weights in by_shape.items():
+                updates = orthogonalize(self.momentum(weights, group), group)
+                size = 0.2 * math.sqrt(max(shape))              # "match_rms_adamw"
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, list(updates), alpha=-group["lr"] * size)
+
+    def momentum(self, weights, group):
+        """Nesterov's average of the gradients: (n, rows, columns)."""
+        gradients = [weight.grad for weight in weights]
+        for weight in weights:
+            if "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        averages = [self.state[weight]["momentum_buffer"] for weight in weights]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        return torch.stack(gradients).lerp(torch.stack(averages), group["momentum"])
+
+
+def orthogonalize(x, group):
+    """Newton and Schulz's iteration: pulls the singular values of (n, r, c) towards 1."""
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(group["eps"])
+    a, b, c = group["ns_coefficients"]
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def make_optimizers(denoiser, settings, device):
+    """AdamW for all weights; or Muon for the matrices of attention and MLP, AdamW for the rest.
+
+    Muon takes twice the rate. Both measure steps alike, so that one rate serves both.
+    """
+    matrices, others = [], []
+    for name, weight in denoiser.named_parameters():
+        matrix = name.startswith("blocks") and weight.ndim == 2 and "adaln" not in name
+        if matrix and settings.optimizer == "muon":
+            matrices.append(weight)
+        else:
+            others.append(weight)
+    adamw = torch.optim.AdamW([dict(params=others, lr_scale=1)],
+                              betas=(settings.beta1, settings.beta2),
+                              weight_decay=settings.weight_decay, fused=device.type != "mps")
+    if not matrices:
+        return [adamw]
+    muon = torch.optim.Muon if device.type == "cuda" else FloatMuon
+    return [adamw, muon([dict(params=matrices, lr_scale=2)], adjust_lr_fn="match_rms_adamw",
+                        weight_decay=settings.weight_decay)]
+
+
+def take_step(optimizers, lr, grad_clip):
+    """Clip the gradient and move the weights, unless it is not finite. Returns its norm."""
+    weights = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings) * group.get("faster", 1)
-            group["weight_decay"] = settings.weight_decay
-        fused = optimizer.defaults.get("fused")         # skips by itself, so that nothing waits
-        optimizer.found_inf = (~finite).float() if fused else None
-        if fused or finite:
+            group["lr"] = lr * group["lr_scale"]
+            weights += group["params"]
+    grad_norm = torch.nn.utils.clip_grad_norm_(weights, grad_clip)
+    finite = torch.isfinite(grad_norm)
+    for optimizer in optimizers:
+        if optimizer.defaults.get("fused"):
+            # It leaves its step out by itself, so that the program need not wait to know.
+            optimizer.found_inf = (~finite).float()
             optimizer.step()
+        elif finite:
+            optimizer.step()
+    return grad_norm
+
+
+def update_average(ema, denoiser, decay, step):
+    """Move the averaged weights towards the new ones, faster in the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))
     with torch.no_grad():
-        decay = min(settings.ema_decay, (1 + step) / (10 + step))   # early samples follow closely
-        denoiser = getattr(model, "generator", model)
         torch._foreach_lerp_(list(ema.parameters()), list(denoiser.parameters()), 1 - decay)
-    return torch.cat(terms, dim=1), grad_norm
 
-def bench(args, settings, context, rank, world, device, nccl):
-    """Print the rate of train_step on random latents of the RAE's shape."""
-    config, batch_size = ModelConfig(**PRESETS[settings.preset]), settings.batch_size
-    _, *trained = make_model(config, settings, [], None, device, nccl, args.compile)
-    noise, angle, share, dropped = draw(0, slice(0, batch_size // world), settings, config, device)
-    batch = noise.flip(1), dropped.long(), noise, angle, share      # flipped noise as latents
-    images = batch_size / seconds(lambda: train_step(*trained, 0, settings, batch, context)[1], 20)
-    used = images * (4 if settings.consistency_weight else 3) * flops(config) / world / 1e12
-    if rank == 0:
-        print(f"{settings.preset} x {world}: {images:.2f} images/s, {used:.3f} TFLOP/s each")
 
-# ----------------------------------------------------------------------------------------- the run
+def train_step(model, optimizers, step, batch, settings, dtype="auto"):
+    """One step of training.
 
-def open_data(settings, rows, start, codec, device, context, args):
-    """(function: step -> latents and labels of rows; number of images; classes; latents' key)."""
-    if settings.distill:                        # needs no images, only noise and labels
-        config = ModelConfig(**start["config"])
-        def read_noise(step):
-            noise, _, share, _ = draw(step + 2**40, rows, settings, config, device)
-            return noise, (share * config.num_classes).long()
-        return read_noise, 0, start["classes"], ""
-    key = start["cache_key"] if args.resume else ""
-    if args.live:
-        source = from_first(lambda: find_dataset(settings.dataset, args.data_dir))
-        labels = np.tile(source.labels, 1 + settings.flip)
-        new_key = cache_key([fingerprint(codec), source.digest, settings.flip])
-        if key not in ("", new_key):
-            raise UserError(f"{source.name}: has changed since this run began: use a new --out_dir")
+    model: a Denoiser, or DDP around one. batch: z, labels, noise, angle, share. Returns the
+    losses, a dict of (B,), and the norm of the gradient.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    parts = list(zip(*(tensor.chunk(settings.accumulate) for tensor in batch)))
+    values = []
+    for k, part in enumerate(parts):
+        # DDP has to average gradients over processes only once, after the last part.
+        model.require_backward_grad_sync = k + 1 == len(parts)
+        with autocast(part[0].device, dtype):
+            terms = losses(model, *part, settings.consistency_weight)
+        (terms["loss"].mean() / len(parts)).backward()
+        values.append(terms)
+
+    lr = learning_rate(step, settings.max_steps, settings.lr, settings.warmup)
+    grad_norm = take_step(optimizers, lr, settings.grad_clip)
+    joined = {name: torch.cat([terms[name].detach() for terms in values]) for name in values[0]}
+    return joined, grad_norm
+
+
+# ====================================================================== a distilling step
+
+def make_distill_optimizers(nets, settings, device):
+    """AdamW for imitation, and another for distribution matching, where fake learns faster."""
+    fused = device.type != "mps"
+    imitating = torch.optim.AdamW([dict(params=nets.generator.parameters(), lr_scale=1)],
+                                  betas=(0.9, 0.95), weight_decay=settings.weight_decay,
+                                  fused=fused)
+    matching = torch.optim.AdamW([dict(params=nets.generator.parameters(), lr_scale=1),
+                                  dict(params=nets.fake.parameters(), lr_scale=2)],
+                                 betas=(settings.beta1, settings.beta2),
+                                 weight_decay=settings.weight_decay, fused=fused)
+    return [imitating, matching]
+
+
+def average_gradients(optimizer, group):
+    """Give every process the mean of all processes' gradients."""
+    for weights in optimizer.param_groups:
+        for weight in weights["params"]:
+            if weight.grad is not None:
+                dist.all_reduce(weight.grad, group=group)
+                weight.grad /= WORLD
+
+
+def distill_step(nets, ema, optimizers, step, rows, settings, dtype="auto", group=None):
+    """One step of distillation: imitation first, then distribution matching.
+
+    nets: a Distillation. ema: the averaged generator. rows: a slice, this process's share of
+    the batch. group: of processes that exchange gradients. Returns the losses, a dict of (B,),
+    the noise angle of each (B,), and the norm of the gradient.
+    """
+    config, device = nets.real.config, next(nets.parameters()).device
+    noise, angle, share, _ = draw(step, rows, settings, config, device)
+    labels = (share * config.num_classes).long()
+    imitating, matching = optimizers
+    matched = step - settings.imitate_steps         # steps of matching so far
+
+    if matched < 0:
+        optimizer = imitating
+        lr = learning_rate(step, settings.imitate_steps, settings.imitate_lr)
+        with autocast(device, dtype):
+            target = teach(nets.real, noise, labels, settings)
+            values = imitation(nets.generator, noise, labels, target)
     else:
-        source = open_cache(settings.codec, codec, settings.flip, device, args, key)
-        labels, new_key = source.labels, source.folder.name[-8:]
-        take = source.read
-        room = torch.cuda.mem_get_info(device)[0] / 3 if device.type == "cuda" else 2**30
-        if 2 * len(labels) * math.prod(source.shape) < room:    # into memory, or onto the card
-            chunks = [torch.tensor(source.chunk(k), device=device) for k in source.chunks()]
-            take = torch.cat(chunks).__getitem__
-    usable = np.flatnonzero(labels >= 0)
-    def read(step):
-        indexes = usable[batch_indexes(len(usable), settings.batch_size, step, settings.seed)[rows]]
-        if not args.live:
-            return take(indexes), labels[indexes]
-        images = next(source.batches([indexes], codec.image_size, args.workers, args.skip_bad))
-        good = np.resize([i for i, image in enumerate(images) if image is not None], len(images))
-        with torch.no_grad(), context():        # half: what the cache would hold
-            z = codec.encode(to_float(np.stack([images[i] for i in good]), device)).half()
-        return z, labels[indexes[good]]
-    return read, len(usable), source.classes, new_key
+        optimizer = matching
+        lr = learning_rate(matched, settings.max_steps - settings.imitate_steps, settings.lr)
+        if matched == 0:
+            nets.generator.load_state_dict(ema.state_dict())    # the average is better
+        new_noise = draw_gaussian(step, 2, rows, settings, config, device)
+        with autocast(device, dtype):
+            values = distribution_matching(nets, noise, labels, new_noise, angle,
+                                           settings.teacher_cfg)
 
-def command(world, resume=True):
-    """What to type to go on with this run, or to start it again."""
-    line = shlex.join(sys.argv + ["--resume"] * (resume and "--resume" not in sys.argv))
-    if world > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        return f"on every node, the same torchrun with {line}"
-    return f"torchrun --nproc_per_node={world} {line}" if world > 1 else f"python {line}"
+    optimizer.zero_grad()
+    values["loss"].mean().backward()
+    if WORLD > 1:
+        average_gradients(optimizer, group)
+    grad_norm = take_step([optimizer], lr, settings.grad_clip)
+    update_average(ema, nets.generator, settings.ema_decay, step if matched < 0 else matched)
+    return {name: value.detach() for name, value in values.items()}, angle, grad_norm
+
+
+def teach(denoiser, noise, labels, settings):
+    """What the sampler draws from noise (B, T, C) with the same noise at every step."""
+    steps = settings.teacher_steps
+    angles = sampling_angles(steps, denoiser.config.max_angle)
+    scales = guidance_scales(steps, settings.teacher_cfg, cfg_skip=1)
+    drawn = generate(denoiser, labels, noise.expand(steps, *noise.shape), angles, scales)
+    return list(drawn)[-1]
+
+
+# =============================================================================== the log
+
+BINS = 6        # the loss is also logged for sixths of the noise angles, by their law
+
+
+class Log:
+    """Rows of named numbers, and the sums that the next row will be made of."""
+
+    def __init__(self):
+        self.rows = []          # dicts: column -> number
+        self.sums = {}          # name -> (2,), the sum of values and their count
+
+    def add(self, name, values, counted):
+        """Add values, (B,) or (), where counted (bool, of the same shape or one) is true."""
+        counted = counted.expand(values.shape)
+        pair = torch.stack([torch.where(counted, values, 0).sum(), counted.sum()])
+        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def gather(self):
+        """Add up the sums of all processes, in the first one."""
+        if WORLD == 1 or not self.sums:
+            return
+        totals = torch.stack(list(self.sums.values())).cpu()
+        with with_the_others():
+            dist.reduce(totals, 0)
+        for name, pair in zip(self.sums, totals):
+            pair = pair if RANK == 0 else torch.zeros(2)
+            self.sums[name] = pair.to(self.sums[name].device)
+
+    def take_means(self):
+        """The means of all that was added since the last call."""
+        names, totals = list(self.sums), torch.stack(list(self.sums.values())).cpu()
+        self.sums = {}
+        return dict(zip(names, (totals[:, 0] / totals[:, 1]).tolist()))
+
+    def put(self, row):
+        """Add a row, or complete that of the same step."""
+        if self.rows and self.rows[-1]["step"] == row["step"]:
+            self.rows[-1].update(row)
+        else:
+            self.rows.append(row)
+
+
+def angle_bins(config, settings):
+    """The inner edges of BINS equal shares of the noise law, (BINS - 1,) radians, and names."""
+    shares = torch.arange(1, BINS) / BINS
+    inner = noise_angle(shares, config.max_angle, settings.angle_mean, settings.angle_std)
+    edges = [0.0, *torch.rad2deg(inner).tolist(), config.max_angle]
+    return inner, [f"loss_{low:.4g}_{high:.4g}" for low, high in zip(edges, edges[1:])]
+
+
+def write_log(out_dir, rows):
+    """Write log.csv and curve.png."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{value:.8g}" for name, value in row.items()})
+    write_file(out_dir / "log.csv", lambda file: file.write(text.getvalue().encode()))
+    write_picture(out_dir / "curve.png", draw_curves(rows))
+
+
+def draw_curves(rows):
+    """The loss by noise angle and, if there were any, the evaluations, over the steps."""
+    by_angle = [name for name in rows[-1] if name.startswith("loss_")]
+    others = [name for row in rows for name in row if name.startswith("eval_")]
+    panels = [("loss by noise angle, in degrees", by_angle)]
+    if others:
+        panels.append(("distance from real images", sorted(set(others))))
+    picture = Image.new("RGB", (800, 400 * len(panels)), "white")
+    for k, (title, names) in enumerate(panels):
+        draw_panel(ImageDraw.Draw(picture), 400 * k, title, names, rows)
+    return picture
+
+
+def draw_panel(draw, top, title, names, rows):
+    """Lines of named columns over the steps, on a logarithmic scale, 800 x 400 pixels."""
+    font = ImageFont.load_default(14)
+    points = {name: [(row["step"], row[name]) for row in rows if row.get(name, 0) > 0]
+              for name in names}
+    values = [value for line in points.values() for _, value in line]
+    if not values:
+        return
+    left, right, above, below = 60, 640, top + 40, top + 350
+    low, high = math.log(min(values)), math.log(max(values) * 1.001)
+    last = rows[-1]["step"]
+
+    def x_of(step):
+        return left + (right - left) * step / last
+
+    def y_of(value):
+        return below - (below - above) * (math.log(value) - low) / (high - low)
+
+    draw.text((left, top + 12), f"{title} (logarithmic)", "black", font)
+    draw.line([(left, above), (left, below), (right, below)], "black")
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        value = math.exp(low + share * (high - low))
+        draw.line([(left - 4, y_of(value)), (left, y_of(value))], "black")
+        draw.text((left - 8, y_of(value)), f"{value:.2g}", "black", font, anchor="rm")
+        step = round(share * last)
+        draw.line([(x_of(step), below), (x_of(step), below + 4)], "black")
+        draw.text((x_of(step), below + 8), f"{step}", "black", font, anchor="ma")
+    draw.text((right, below + 26), "step", "black", font, anchor="ma")
+
+    for k, name in enumerate(names):
+        colour = f"hsl({55 * k}, 80%, 40%)"
+        line = [(x_of(step), y_of(value)) for step, value in points[name]]
+        draw.line(line, colour, 2)
+        if len(line) == 1:
+            draw.circle(line[0], 3, colour)
+        label = name.removeprefix("loss_").replace("_", " to " if "loss" in name else " ")
+        draw.text((right + 20, above + 20 * (len(names) - k)), label, colour, font)
+
+
+def time_left(seconds):
+    """Seconds in words."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{round(seconds)} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} days {hours % 24} h"
+
+
+# ============================================================================== the run
+
+@dataclass
+class Run:
+    """What a run was asked for, and what it has become."""
+
+    settings: Settings
+    path: Path                      # of its checkpoint
+    device: torch.device
+    dtype: str                      # of autocast
+    group: object                   # of processes that exchange gradients; None: gloo's
+    codec: torch.nn.Module
+    classes: list                   # names
+    cache_key: str                  # of the latents; "" for distillation
+    config: ModelConfig
+    denoiser: Denoiser              # the network that will draw
+    nets: Distillation              # it and its judges, or None
+    ema: Denoiser                   # its averaged weights
+    optimizers: list
+    log: Log
+    step: int = 0
+    stamp: int = None               # of the ckpt.pt that this run wrote last
+
+    @property
+    def rows(self):
+        """This process's share of a batch, a slice."""
+        size = self.settings.batch_size
+        return slice(RANK * size // WORLD, (RANK + 1) * size // WORLD)
+
+
+def make_run(settings, path, device, dtype, group, codec, classes, cache_key, start=None):
+    """A run at its beginning; start: a checkpoint whose weights it begins with."""
+    tokens, channels = latent_shape(settings.codec)
+    max_angle = settings.max_angle or largest_angle(tokens, channels)
+    config = ModelConfig(tokens, channels, len(classes), sphere=settings.sphere,
+                         max_angle=max_angle, **PRESETS[settings.preset])
+    torch.manual_seed(settings.seed)
+    denoiser = Denoiser(config)
+    if start:
+        adopt_weights(denoiser, start, classes)
+    denoiser = denoiser.to(device)
+    ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    if settings.distill:
+        nets = Distillation(denoiser)
+        optimizers = make_distill_optimizers(nets, settings, device)
+    else:
+        nets = None
+        optimizers = make_optimizers(denoiser, settings, device)
+    return Run(settings, path, device, dtype, group, codec, classes, cache_key, config, denoiser,
+               nets, ema, optimizers, Log())
+
+
+def adopt_weights(denoiser, start, classes):
+    """Take a checkpoint's averaged weights; classes that it does not know keep random rows."""
+    state = dict(start["ema"])
+    table = denoiser.classes.weight.detach().clone()
+    theirs = [*start["classes"], None]                  # None: the row of "no class"
+    for row, name in enumerate([*classes, None]):
+        if name in theirs:
+            table[row] = state["classes.weight"][theirs.index(name)]
+    load_state(denoiser, {**state, "classes.weight": table}, "the checkpoint")
+
+
+def choose_compile(choice, settings, device):
+    """Whether to use torch.compile. auto: on CUDA, and on a CPU if the run is long enough."""
+    long_enough = settings.max_steps >= 1000 and not settings.distill
+    if choice == "auto" and device.type != "cuda" and not (device.type == "cpu" and long_enough):
+        return False
+    if choice == "off":
+        return False
+    error = can_compile(device)
+    if error is None:
+        return True
+    reason = " ".join(str(error).split())[:200]
+    if choice == "on":
+        raise UserError(f"--compile on: does not work here ({reason}); use auto or off")
+    if RANK == 0:
+        print(f"torch.compile does not work here, so steps take longer ({reason})")
+    return False
+
+
+def compile_run(run):
+    """Compile its networks in place, so that state dicts keep their names."""
+    nets = run.nets.children() if run.nets else [run.denoiser]
+    for net in nets:
+        net.compile()
+    if RANK == 0:
+        print("the first step takes longer: torch.compile (see --compile)", flush=True)
+
+
+def wrap_for_processes(run):
+    """The denoiser, in DDP if there are several processes."""
+    if WORLD == 1 or run.nets:
+        return run.denoiser
+    # Large buckets, for torch.compile cuts the network at each; nothing is copied needlessly.
+    return DDP(run.denoiser, process_group=run.group, bucket_cap_mb=100,
+               gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+# ------------------------------------------------------------------------ its checkpoint
+
+def save_checkpoint(run):
+    """Write ckpt.pt, unless another run has written it meanwhile."""
+    if run.path.exists() and stamp_of(run.path) != run.stamp:
+        raise UserError(f"{run.path}: another run has written it meanwhile, so this one stops; "
+                        "give each an --out_dir of its own")
+    small = run.settings.codec in SMALL_CODECS
+    contents = dict(
+        format=CHECKPOINT_FORMAT,
+        step=run.step,
+        model=run.denoiser.state_dict(),
+        ema=run.ema.state_dict(),
+        nets=run.nets.state_dict() if run.nets else None,
+        optimizers=[optimizer.state_dict() for optimizer in run.optimizers],
+        config=vars(run.config),
+        settings=vars(run.settings),
+        classes=run.classes,
+        codec=dict(name=run.settings.codec, fingerprint=fingerprint(run.codec),
+                   weights=run.codec.state_dict() if small else None),
+        cache_key=run.cache_key,
+        log=run.log.rows,
+        sums={name: pair.cpu() for name, pair in run.log.sums.items()})
+    write_file(run.path, lambda file: torch.save(contents, file))
+    run.stamp = stamp_of(run.path)
+
+
+def stamp_of(path):
+    """What tells a file from another that takes its place."""
+    return path.stat().st_mtime_ns
+
+
+def restore(run, saved):
+    """Continue from a checkpoint of this run."""
+    load_state(run.ema, saved["ema"], run.path)
+    if run.nets:
+        load_state(run.nets, saved["nets"], run.path)
+    else:
+        load_state(run.denoiser, saved["model"], run.path)
+    for optimizer, theirs in zip(run.optimizers, saved["optimizers"]):
+        state = theirs["state"]
+        if run.device.type == "cpu":
+            state = copy.deepcopy(state)        # not to write into the file, which is mapped
+        groups = optimizer.state_dict()["param_groups"]         # of the present settings
+        optimizer.load_state_dict(dict(state=state, param_groups=groups))
+    run.step, run.log.rows = saved["step"], saved["log"]
+    if RANK == 0:
+        run.log.sums = {name: pair.to(run.device) for name, pair in saved["sums"].items()}
+        run.stamp = stamp_of(run.path)
+
 
 def set_aside(out_dir):
     """Move what an earlier run has written to a folder of its own."""
-    names = "ckpt.pt*", "log.csv", "samples", "*.png"
+    names = "ckpt.pt", "log.csv", "samples", "curve.png", "grid_*.png"
     files = [file for name in names for file in out_dir.glob(name)]
-    if files:
-        aside = out_dir / time.strftime("earlier_%Y-%m-%d_%H.%M.%S")
+    if not files:
+        return
+    aside = out_dir / time.strftime("earlier_%Y-%m-%d_%H.%M.%S")
+    try:
         aside.mkdir()
         for file in files:
             file.rename(aside / file.name)
-        print(f"{out_dir}: held an earlier run, now in {aside}")
+    except OSError as error:
+        raise UserError(f"{aside}: cannot take the files of an earlier run ({error.strerror}); "
+                        "use another --out_dir") from error
+    print(f"{out_dir}: held an earlier run, now in {aside}")
 
-def log_columns(config, settings):
-    terms = ["denoising", "matching"] if settings.distill else ["reconstruction", "consistency"]
-    inner = noise_angle(torch.arange(1, BINS) / BINS, config.max_angle,
-                        settings.angle_mean, settings.angle_std)
-    edges = [0, *torch.rad2deg(inner).tolist(), config.max_angle]
-    return ["step", "loss", *terms, "lr", "grad_norm", "images_per_s", "skipped", "seconds",
-            *(f"loss_{low:.4g}_{high:.4g}" for low, high in zip(edges, edges[1:]))]
 
-def report(out_dir, log, settings):
-    """Write log.csv of its rows (dicts: column -> number) and curve.png; print the last one."""
-    lines = [list(log[-1])] + [[f"{value:.8g}" for value in row.values()] for row in log]
-    write_file(out_dir / "log.csv", lambda file: np.savetxt(file, lines, "%s", ","))
-    write_png(out_dir / "curve.png", draw_curve(log))
-    step, row = log[-1]["step"], log[-1]
-    left = (settings.max_steps - step) * settings.batch_size / row["images_per_s"] / 60
-    shown = [f"{value:.4g} {name}" for name, value in list(row.items())[1:8] if value != 0]
-    print(f"step {step:6d}/{settings.max_steps}  {left:.1f} min left", *shown, sep="  ", flush=True)
+# ---------------------------------------------------------------------------- what it shows
 
-def draw_curve(log):
-    """The loss by noise angle over the steps, on a logarithmic scale: an image 800 pixels wide."""
-    names = [name for name in log[0] if name.startswith("loss_")]
-    values = np.log([[row[name] for name in names] for row in log])             # (rows, BINS)
-    low, high = np.nanmin(values), np.nanmax(values) + 1e-3
-    picture = Image.new("RGB", (800, 400), "white")
-    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    x = [60 + 600 * row["step"] / log[-1]["step"] for row in log]
-    for k, y in enumerate((20 + 340 * (high - values) / (high - low)).T):       # one a line
-        colour = f"hsl({55 * k}, 80%, 40%)"
-        canvas.line([(a, b) for a, b in zip(x, y) if b >= 0], colour, 2)        # b: perhaps nan
-        canvas.text((680, 140 - 20 * k), names[k][5:].replace("_", " to ") + "°", colour, font)
-    for y, value in ((12, high), (352, low)):
-        canvas.text((10, y), f"{math.exp(value):.3g}", "black", font)
-    canvas.text((60, 375), f"loss by noise angle, to step {log[-1]['step']}", "black", font)
-    return picture
+def add_to_log(run, values, angle, grad_norm, bins):
+    """Add a step's losses to the sums of the log; here is the place for other numbers."""
+    finite = torch.isfinite(grad_norm)
+    for name, value in values.items():
+        run.log.add(name, value, finite)
+    inner, names = bins
+    place = torch.bucketize(angle, inner)
+    for k, name in enumerate(names):
+        run.log.add(name, next(iter(values.values())), finite & (place == k))
+    run.log.add("grad_norm", grad_norm, finite)
+    run.log.add("skipped", 1 - finite.float(), torch.ones_like(finite))
+
+
+def write_line(run, means, rate, seconds, caught):
+    """Finish a row of the log, print it, and write log.csv and curve.png."""
+    settings, step = run.settings, run.step
+    before = run.log.rows[-1]["step"] if run.log.rows else 0
+    means["skipped"] = round(means["skipped"] * (step - before))        # steps
+    run.log.put(dict(step=step, **means, images_per_s=rate, seconds=seconds))
+    write_log(run.path.parent, run.log.rows)
+
+    left = time_left((settings.max_steps - step) * settings.batch_size / rate)
+    shown = [f"{name} {value:.4g}" for name, value in means.items()
+             if not name.startswith("loss_") and (name != "skipped" or value)]
+    parts = [f"step {step:,} of {settings.max_steps:,}", *shown, f"{rate:.4g} images/s",
+             f"{left} left"]
+    say("  ".join(parts), caught)
+
+
+def write_samples(run):
+    """A grid of samples in samples/, always from the same noise: a column a class."""
+    settings = run.settings
+    shown = run.classes[:12]
+    labels = torch.arange(len(shown)).repeat(6)
+    sampling = {name: getattr(settings, name) for name in SAMPLING}
+    batches = draw_batches(run.ema, run.codec, labels, [list(range(len(labels)))],
+                           dtype=run.dtype, **sampling)
+    images = np.concatenate(list(batches))
+    grid = make_grid(grid_rows(images, shown * 6, len(shown)))
+    write_picture(run.path.parent / f"samples/step_{run.step:06d}.png", grid)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What samples are compared with while training."""
+
+    extractor: fid.Extractor
+    mu: np.ndarray                  # of the reference
+    sigma: np.ndarray
+
+
+def prepare_evaluation(run, data_dir, workers):
+    """Open the network and the reference of --eval_every. Raises UserError if one is missing."""
+    settings = run.settings
+    if settings.eval_features == "inception":
+        extractor = in_turn(lambda: fid.inception_extractor(run.device))
+    else:
+        extractor = fid.codec_extractor(settings.codec, run.codec, run.device)
+    where = settings.eval_ref or settings.dataset
+    reference = from_first(lambda: fid.open_set(where, data_dir))
+    size = extractor.size or run.codec.image_size
+    mu, sigma = fid.reference_moments(reference, extractor, size, workers)
+    return Evaluation(extractor, mu, sigma)
+
+
+def evaluate(run, evaluation):
+    """Log the Frechet distance of samples, drawn and measured by all processes together."""
+    settings, extractor = run.settings, evaluation.extractor
+    labels = torch.arange(settings.eval_images) % len(run.classes)
+    sampling = {name: getattr(settings, name) for name in SAMPLING}
+    batches = split_batches(len(labels), 100)
+    drawn = draw_batches(run.ema, run.codec, labels, batches, dtype=run.dtype, **sampling)
+    mu, sigma = fid.moments_of(drawn, extractor)
+    if RANK == 0:
+        distance = fid.frechet_distance(mu, sigma, evaluation.mu, evaluation.sigma)
+        run.log.put({"step": run.step, "eval_fid": distance})
+        write_log(run.path.parent, run.log.rows)
+        print(f"step {run.step:6,}: Frechet distance {distance:.4g} of {len(labels):,} samples, "
+              f"features of {extractor.name}", flush=True)
+
+
+# ---------------------------------------------------------------------------------- the loop
+
+BAD_STEPS = 10          # so many steps without a finite gradient, one after another, end a run
+
+
+def catch_signals():
+    """A list that signals are added to, so that a run can finish its step and save."""
+    caught = []
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):        # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        # nohup has SIGHUP ignored, and so it stays.
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: caught.append(number))
+    return caught
+
+
+def any_process(flag):
+    """Whether a flag is true in any process."""
+    if WORLD == 1:
+        return bool(flag)
+    count = torch.tensor(int(bool(flag)))
+    with with_the_others():
+        dist.all_reduce(count)
+    return count.item() > 0
+
+
+def save_together(run):
+    """Save the checkpoint, with the sums of all processes in it."""
+    run.log.gather()
+    from_first(lambda: save_checkpoint(run))
+
+
+def train(run, model, data, evaluation, caught):
+    """Take the steps that are left.
+
+    model: the denoiser, or DDP around it. data: CachedLatents or LiveLatents; None when
+    distilling. evaluation: an Evaluation, or None. caught: a list of signals.
+    """
+    settings, config, device = run.settings, run.config, run.device
+    bins = angle_bins(config, settings)
+    bad = torch.zeros((), device=device)        # steps in a row that were skipped
+    before = run.log.rows[-1].get("seconds", 0) if run.log.rows else 0
+    begun = time.time() - before
+    clock, clock_step = time.time(), run.step
+    first_step = run.step
+
+    # A thread reads the next batch while this one is learnt from.
+    reader = ThreadPoolExecutor(1)
+    if data:
+        usable = np.flatnonzero(data.labels >= 0)
+        ahead = reader.submit(read_batch, data, usable, run.step, run.rows, settings)
+
+    while run.step < settings.max_steps:
+        # A signal to any process, or an image that it cannot read, stops all of them.
+        problem = ahead.exception() if data else None
+        if any_process(caught or problem):
+            break
+
+        # One step.
+        if settings.distill:
+            values, angle, grad_norm = distill_step(
+                run.nets, run.ema, run.optimizers, run.step, run.rows, settings, run.dtype,
+                run.group)
+        else:
+            z, labels = data.place(*ahead.result())
+            ahead = reader.submit(read_batch, data, usable, run.step + 1, run.rows, settings)
+            noise, angle, share, dropped = draw(run.step, run.rows, settings, config, device)
+            labels = labels.masked_fill(dropped, config.num_classes)
+            batch = z, labels, noise, angle, share
+            values, grad_norm = train_step(model, run.optimizers, run.step, batch, settings,
+                                           run.dtype)
+            update_average(run.ema, run.denoiser, settings.ema_decay, run.step)
+        add_to_log(run, values, angle, grad_norm, bins)
+        run.step += 1
+
+        # Counted on the device, so that the program does not wait for it at every step.
+        bad = torch.where(bad < BAD_STEPS, (bad + 1) * ~torch.isfinite(grad_norm), bad)
+        if run.step == first_step + 1:
+            after_first = time.time()
+        if run.step == first_step + 2:
+            grad_norm.item()                    # waits for the device
+            say_how_long(settings.max_steps - run.step, time.time() - after_first, caught)
+
+        # What happens every so many steps.
+        last = run.step == settings.max_steps
+        logging = last or run.step % settings.log_every == 0
+        saving = last or run.step % settings.save_every == 0
+        sampling = last or run.step % settings.sample_every == 0
+        evaluating = evaluation and (last or run.step % settings.eval_every == 0)
+        if logging or saving:
+            run.log.gather()
+            end_if_bad(bad, run)
+        if logging:
+            means, now = run.log.take_means(), time.time()
+            rate = (run.step - clock_step) * settings.batch_size / (now - clock)
+            if RANK == 0:
+                write_line(run, means, rate, now - begun, caught)
+        if evaluating:
+            evaluate(run, evaluation)
+        if saving and (last or bad == 0):       # while steps are skipped, weights may be spoilt
+            save_together(run)
+        if sampling and RANK == 0:
+            write_samples(run)
+        if logging or saving or sampling or evaluating:
+            barrier()                           # by gloo, for NCCL waits ten minutes only
+            clock, clock_step = time.time(), run.step
+
+    reader.shutdown(cancel_futures=True)
+    if run.step < settings.max_steps:
+        save_together(run)
+        if problem:
+            raise problem
+
+
+def end_if_bad(bad, run):
+    """End a run whose gradients are not finite any more."""
+    if bad < BAD_STEPS:
+        return
+    def fail():
+        raise UserError(f"no finite gradient for {BAD_STEPS} steps, to step {run.step}: run the "
+                        f"command again with --resume --lr {run.settings.lr / 3:.1g}")
+    from_first(fail)
+
+
+def say_how_long(steps, seconds, caught):
+    """After the second step, which took so many seconds: how long the others will take."""
+    left = steps * seconds
+    hint = ""
+    if left > 24 * 3600:
+        hint = "; a GPU, a smaller --preset or fewer --max_steps shorten that"
+    say(f"about {time_left(left)} for {steps:,} more steps{hint}", caught)
+
+
+def say(text, caught):
+    """Print in the first process; a pipe that is closed counts as a signal."""
+    if RANK > 0:
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        caught.append(signal.SIGTERM)
+
+
+# --------------------------------------------------------------------------------- the bench
+
+def bench(run, model):
+    """Print the rate of steps on random latents, and how near it comes to a matrix product's."""
+    settings, config, device = run.settings, run.config, run.device
+    noise, angle, share, dropped = draw(0, run.rows, settings, config, device)
+    batch = noise.flip(1), dropped.long(), noise, angle, share      # flipped noise as latents
+
+    def step():
+        if settings.distill:
+            return distill_step(run.nets, run.ema, run.optimizers, settings.imitate_steps + 1,
+                                run.rows, settings, run.dtype, run.group)[2]
+        return train_step(model, run.optimizers, 0, batch, settings, run.dtype)[1]
+
+    images = settings.batch_size / seconds(step, 20)
+    peak = matrix_product_rate(device, run.dtype)
+    if RANK > 0:
+        return
+    # In forward passes: training takes three, and a consistency target one more; matching
+    # six for two networks, and two for the guided teacher.
+    passes = 8 if settings.distill else 4 if settings.consistency_weight else 3
+    used = images * passes * flops(config) / WORLD
+    memory = ""
+    if device.type == "cuda":
+        memory = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB at most"
+    print(f"{'distilling' if settings.distill else 'training'} {settings.preset} on latents "
+          f"{config.tokens}x{config.channels}, batch {settings.batch_size}, {WORLD} x "
+          f"{device.type}: {images:.4g} images/s, {used / 1e12:.4g} TFLOP/s each, "
+          f"{used / peak:.0%} of a large matrix product's {peak / 1e12:.4g}{memory}")
+
+
+def matrix_product_rate(device, dtype):
+    """FLOP/s of a large matrix product in the type that training multiplies in."""
+    size = 8192 if device.type == "cuda" else 2048
+    with autocast(device, dtype):
+        a = torch.randn(size, size, device=device)
+        kind = (a[:8, :8] @ a[:8, :8]).dtype
+        a = a.to(kind)
+        return 2 * size**3 / seconds(lambda: a @ a, 10)
+
+
+# -------------------------------------------------------------------------------- the script
+
+def open_data(settings, codec, codec_name, args, device, key=""):
+    """CachedLatents, or LiveLatents with --live; with its classes and the key of its latents."""
+    if not args.live:
+        cache = open_cache(settings.dataset, codec_name, codec, settings.flip, key, args.data_dir,
+                           device, args.dtype, args.workers, args.skip_bad)
+        return CachedLatents(cache, device, load_latents(cache, device)), cache.classes, cache.key
+    dataset = from_first(lambda: find_dataset(settings.dataset, args.data_dir))
+    new_key = cache_key(fingerprint(codec), dataset.digest, settings.flip)
+    if key not in ("", new_key):
+        raise UserError(f"{dataset.name}: has changed since this run began; use a new --out_dir")
+    labels = np.tile(dataset.labels, 2) if settings.flip else dataset.labels
+    pool = ThreadPoolExecutor(args.workers)
+    data = LiveLatents(dataset, labels, codec, device, args.dtype, pool)
+    return data, dataset.classes, new_key
+
 
 def main():
     args, flags = parse_args()
-    rank, world, device = join(args)
-    nccl = dist.new_group(backend="nccl") if world > 1 and device.type == "cuda" else None
-    context = functools.partial(autocast, device, args.dtype)
-    settings = settings_of(flags)
-    name = dataset_place(settings.dataset, args.data_dir)[0] + "-distilled" * bool(settings.distill)
-    name += "-tuned" * (Path(settings.init_from) == Path("out") / name / "ckpt.pt")
-    out_dir = args.out_dir or Path("out") / name
-    path = out_dir / "ckpt.pt"
-    source = path if args.resume else settings.distill or settings.init_from
+    device = join(args.device, args.weights_dir)
+    if args.live and args.skip_bad:
+        raise UserError("--live: encodes images as they are read; use --skip_bad without it")
+    plan = from_first(lambda: plan_run(flags, args.out_dir, args.resume, args.data_dir))
+    settings, path, source, resumed = plan
+    group = None
+    if WORLD > 1 and device.type == "cuda":
+        # A node that compiles without a cache may keep the others waiting for long.
+        group = dist.new_group(backend="nccl", timeout=timedelta(hours=2))
     start = load_checkpoint(source) if source else None
-    if args.resume:
-        settings = Settings(**start["settings"] | flags)
-    for setting in (RESUMED if args.resume else FIXED) if start else ():
-        if vars(settings)[setting] != start["settings"][setting]:
-            raise UserError(f"{source}: has --{setting} {start['settings'][setting]}; drop yours")
-    if settings.batch_size % (world * settings.accumulate):
-        raise UserError(f"--batch_size: must be a multiple of {world * settings.accumulate}")
+    if resumed and start["step"] >= settings.max_steps:
+        if RANK == 0:
+            print(f"{path}: is complete, with {start['step']:,} steps; a larger --max_steps "
+                  "goes on")
+        return
+
     if args.bench:
-        return bench(args, settings, context, rank, world, device, nccl)
-    if args.resume and start["step"] >= settings.max_steps:
-        return from_first(lambda: print(f"{path}: step {start['step']}, nothing is left to do"))
+        classes = start["classes"] if start else [""] * 1000
+        run = make_run(settings, path, device, args.dtype, group, None, classes, "", start)
+        if choose_compile(args.compile, settings, device):
+            compile_run(run)
+        bench(run, wrap_for_processes(run))
+        return
 
-    # the data and the model; what may fail comes before anything is written
-    args.dataset = settings.dataset
-    codec = load_codec_of(start, device) if start else prepare_codec(settings.codec, args, device)
-    rows = slice(rank * settings.batch_size // world, (rank + 1) * settings.batch_size // world)
-    weights = codec.state_dict() if settings.codec in SMALL_CODECS else None
-    saved_codec = dict(name=settings.codec, fingerprint=fingerprint(codec), weights=weights)
-    read, count, classes, key = open_data(settings, rows, start, codec, device, context, args)
-    if len(classes) == 1 and not args.resume and "cfg_scale" not in flags:
-        settings = replace(settings, cfg_scale=1.0)         # guidance needs two
-    config = ModelConfig(*codec.latent_shape, len(classes), sphere=settings.sphere,
-                         max_angle=settings.max_angle or largest_angle(*codec.latent_shape),
-                         **PRESETS[settings.preset])
-    model, ddp, ema, optimizers = make_model(config, settings, classes, start, device, nccl,
-                                             args.compile)
-    step, log, columns = 0, [], log_columns(config, settings)
-    stats = torch.zeros(4, settings.batch_size, device=device)      # sums since the last log line
-    bad = torch.zeros((), device=device)                    # steps in a row that were skipped
-    if args.resume:
-        step, log = start["step"], start["log"]
-        model.load_state_dict(start["trained"])
-        for new, old in zip(optimizers, start["optimizers"]):
-            new.load_state_dict(new.state_dict() | dict(state=copy.deepcopy(old["state"])))
-        stats += start["stats"].to(device) * (rank == 0)
-    known = f" ({len(set(classes) & set(start['classes']))} known to {source})" if start else ""
-    del start                                               # lets go of the file
-    if rank == 0:
-        if not step:
-            set_aside(out_dir)
-        print(f"{count:,} images of {len(classes)} classes{known}, latents {config.tokens}x"
-              f"{config.channels}, {world} x {device.type}, from step {step}\n{settings}")
+    # The codec and the data, encoded first if need be.
+    decoder = RANK == 0 or settings.eval_every > 0
+    if start:
+        codec = load_codec_of(start, device, decoder)
+    else:
+        codec = prepare_codec(settings.codec, settings.dataset, args.data_dir, device,
+                              args.workers, args.fit_steps, False, args.skip_bad, decoder)
+    if settings.distill:
+        data, classes, key = None, start["classes"], ""         # it needs noise only
+    else:
+        key = start["cache_key"] if resumed else ""
+        data, classes, key = open_data(settings, codec, settings.codec, args, device, key)
+    if len(classes) == 1 and not resumed and "cfg_scale" not in flags:
+        settings = replace(settings, cfg_scale=1.0)             # guidance takes two
 
-    # the loop
-    thread = ThreadPoolExecutor(1)
-    ahead = thread.submit(read, step)
-    signals, stopping, started, timed = [], False, time.time(), step
-    begun = time.time() - (log[-1]["seconds"] if log else 0)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
-    while step < settings.max_steps and not stopping:
-        z, y = (torch.as_tensor(x).to(device, non_blocking=True) for x in ahead.result())
-        ahead = thread.submit(read, step + 1)
-        noise, angle, share, dropped = draw(step, rows, settings, config, device)
-        batch = z.float(), y.masked_fill(dropped, config.num_classes), noise, angle, share
-        terms, grad_norm = train_step(ddp, ema, optimizers, step, settings, batch, context)
-        finite = torch.isfinite(grad_norm)
-        stats[:3, rows] += torch.where(finite, terms, 0)
-        stats[3, rows] += finite
-        bad = torch.where(bad < 10, (bad + 1) * ~finite, bad)       # ten are remembered
-        step += 1
+    # The networks, as they were or from the beginning.
+    run = make_run(settings, path, device, args.dtype, group, codec, classes, key,
+                   None if resumed else start)
+    if resumed:
+        restore(run, start)
+    known = ""
+    if start and not resumed:
+        shared = set(classes) & set(start["classes"])
+        known = f" ({len(shared)} known to {source})"
+    start = None                # closes the file
+    if choose_compile(args.compile, settings, device):
+        compile_run(run)
+    evaluation = None
+    if settings.eval_every:
+        evaluation = prepare_evaluation(run, args.data_dir, args.workers)
 
-        stopping = torch.tensor(len(signals))               # of all processes, by gloo
-        if world > 1:
-            dist.all_reduce(stopping)
-        last = step == settings.max_steps
-        logging = step % settings.log_every == 0 or last
-        saving = step % settings.save_every == 0 or last or stopping
-        if logging or saving:
-            if world > 1:
-                dist.reduce(stats, 0, group=nccl)
-                stats *= rank == 0                          # the first process holds all sums
-            if bad.item() >= 10:
-                raise UserError(f"no finite gradient for {bad.item():.0f} steps, to {step}: try "
-                                f"{command(world, path.is_file())} --lr {settings.lr / 3:.1g}")
-        if logging and rank == 0:
-            bins = torch.stack([part.sum(1) for part in stats.cpu().tensor_split(BINS, dim=1)])
-            means, used = bins.sum(0)[:3] / bins.sum(0)[3], bins.sum(0)[3].item()   # bins: (6, 4)
-            rate = (step - timed) * settings.batch_size / (time.time() - started)
-            skipped = step - (log[-1]["step"] if log else 0) - round(used / settings.batch_size)
-            row = [step, *means.tolist(), learning_rate(step - 1, settings), grad_norm.item(),
-                   rate, skipped, time.time() - begun, *(bins[:, 1] / bins[:, 3]).tolist()]
-            log.append(dict(zip(columns, row)))
-            report(out_dir, log, settings)
-            stats.zero_()
-        if saving and rank == 0 and (last or stopping or not bad.item()):   # else spoilt, perhaps
-            state = dict(format=CHECKPOINT_FORMAT, step=step, classes=classes, ema=ema.state_dict(),
-                         model=getattr(model, "generator", model).state_dict(),
-                         trained=model.state_dict(),
-                         optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                         config=vars(config), settings=vars(settings), codec=saved_codec,
-                         cache_key=key, stats=stats.cpu(), log=log)
-            write_file(path, lambda file: torch.save(state, file))
-        if rank == 0 and (step % settings.sample_every == 0 or last):
-            shown = classes[:10]
-            options = {name: vars(settings)[name] for name in SAMPLING}
-            images, = sample_batches(ema, codec, torch.arange(len(shown)).repeat(6), 60, device,
-                                     dtype=args.dtype, **options)
-            write_png(out_dir / f"samples/step_{step:06d}.png",
-                      make_grid(images, shown * 6, len(shown)))
-        if logging or saving:
-            if world > 1:
-                dist.barrier()                              # gloo: nccl waits ten minutes only
-            started, timed = time.time(), step
+    # What can fail has come before anything is written.
+    def prepare_folder():
+        check_writable(path.parent)
+        for leftover in path.parent.glob("ckpt.pt.*.tmp"):      # of a save that was killed
+            leftover.unlink()
+        if not resumed:
+            set_aside(path.parent)
+        count = "no images needed" if data is None else f"{(data.labels >= 0).sum():,} images"
+        print(f"{count}, {len(classes)} classes{known}, latents {run.config.tokens}x"
+              f"{run.config.channels}, {WORLD} x {device.type}, from step {run.step:,}")
+        print(settings, flush=True)
+    from_first(prepare_folder)
 
-    if rank == 0 and stopping:
-        print(f"stopped at step {step}, saved in {path}; go on with: {command(world)}")
-    elif rank == 0:
-        print(f"done: {path}, grids in {out_dir / 'samples'}\nnext: python sample.py --ckpt {path}")
+    caught = catch_signals()
+    train(run, wrap_for_processes(run), data, evaluation, caught)
+    if RANK == 0 and run.step < settings.max_steps:
+        print(f"stopped at step {run.step:,}, saved in {path}; run the same command with --resume "
+              "to go on")
+    elif RANK == 0:
+        print(f"done: {path}, grids in {path.parent / 'samples'}")
+        print(f"next: python sample.py --ckpt {shlex.quote(str(path.parent))}")
+
 
 if __name__ == "__main__":
     run(main)
