@@ -108,13 +108,15 @@ def file_hash(path, kind):
     return digest.hexdigest()
 
 
-def check_writable(folder):
-    """Raise UserError now, rather than after the work, if no file can be written to a folder."""
-    if Path(folder).is_file():
-        raise UserError(f"{folder}: is a file, not a folder")
-    test = Path(folder) / ".write_test"
-    write_file(test, lambda file: file.write(b"test"))
-    test.unlink()
+def check_writable(folder, flag):
+    """Raise UserError now, rather than after the work, if a folder cannot be written to.
+
+    It need not exist. flag: the option that names it.
+    """
+    folder = Path(os.path.abspath(folder))
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{existing}: is no folder that can be written to; see {flag}")
 
 
 def load_state(module, state, path, surplus=False):
@@ -222,7 +224,7 @@ def in_turn(work):
 
 
 def can_compile(device):
-    """Whether torch.compile works on this machine: try it on one line. Returns the error, or None."""
+    """Try torch.compile on one line. Returns the error, or None if it works here."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:
@@ -293,6 +295,7 @@ NAMED = {
 }
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+OTHER_SUFFIXES = (".heic", ".avif", ".tif", ".tiff", ".bmp", ".gif", "")    # perhaps images, too
 
 # One's own photographs are no attack: no limit on their size or on text in PNG files.
 Image.MAX_IMAGE_PIXELS = None
@@ -392,8 +395,8 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def to_float(images, device="cpu"):
-    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32 in [0, 1] on the device."""
+def to_float(images, device=None):
+    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32 in [0, 1], on the device if one is given."""
     return torch.as_tensor(images).to(device).permute(0, 3, 1, 2) / 255
 
 
@@ -551,18 +554,20 @@ def list_classes(folder, data_dir):
         raise UserError(f"{loose[0]}: beside {', '.join(files)}; move it into one of them, "
                         "or all images into one folder")
     if loose:
-        files = {Path(os.path.abspath(folder)).name: loose}
+        files = {".": loose}
     for name, paths in files.items():
         if not paths:
             raise UserError(f"{folder / name}: holds no images ({', '.join(SUFFIXES)})")
     if not files:
         raise UserError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
 
-    others = list_images(folder, (".heic", ".avif", ".tif", ".tiff", ".bmp", ".gif"))
+    everything = [path for name in files for path in list_images(folder / name, suffixes="")]
+    others = [path for path in everything if Path(path).suffix.lower() in OTHER_SUFFIXES]
     if others:
-        print(f"{len(others)} files left out, such as {others[0]}; convert them to PNG")
+        print(f"{len(others)} files left out, such as {others[0]}: no JPEG, PNG or WebP by name")
     labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
-    return list(files), labels, sum(files.values(), [])
+    names = [Path(os.path.abspath(folder)).name] if loose else list(files)
+    return names, labels, sum(files.values(), [])
 
 
 def is_our_own(folder, data_dir):
@@ -1188,9 +1193,13 @@ def open_cache(dataset, name, codec, flip=False, key="", data_dir="data", device
         fill_cache(cache, images, codec, torch.device(device), dtype, workers, skip_bad)
         from_first(lambda: write_index(cache))
     cache = read_index(cache.folder / "index.json")
-    if RANK == 0:
+
+    def check():
+        if (cache.labels < 0).all():
+            raise UserError(f"{dataset}: holds no image that can be read")
         for k in cache.chunks():
             cache.chunk(k)          # a damaged file is found now, not hours later
+    from_first(check)
     return cache
 
 

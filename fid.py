@@ -703,7 +703,7 @@ def main():
         raise UserError(f"{samples.where}: holds statistics, not images")
     side = sample_size(samples)
     if args.save_stats:
-        check_writable(Path(args.save_stats).parent)
+        check_writable(Path(args.save_stats).parent, "--save_stats")
 
     # The agreement of classes has a network of its own.
     values, measured, network = {}, {}, ""

@@ -352,6 +352,62 @@ def write_picture(path, image, comment=""):
     write_file(path, lambda file: image.save(file, format=kind, **options))
 
 
+def draw_curves(rows):
+    """A run's log: the loss by noise angle and, if there are any, the evaluations.
+
+    rows: dicts of a number a column, "step" among them.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    by_angle = [name for name in names if name.startswith("loss_")]
+    evaluations = [name for name in names if name.startswith("eval_")]
+    panels = [("loss by noise angle, in degrees", by_angle or ["loss"])]
+    if evaluations:
+        panels.append(("distance from real images", evaluations))
+    picture = Image.new("RGB", (800, 400 * len(panels)), "white")
+    for k, (title, names) in enumerate(panels):
+        draw_panel(ImageDraw.Draw(picture), 400 * k, title, names, rows)
+    return picture
+
+
+def draw_panel(draw, top, title, names, rows):
+    """Lines of named columns over the steps, on a logarithmic scale, 800 x 400 pixels."""
+    font = ImageFont.load_default(14)
+    points = {name: [(row["step"], row[name]) for row in rows if row.get(name, 0) > 0]
+              for name in names}
+    values = [value for line in points.values() for _, value in line]
+    if not values:
+        return
+    left, right, above, below = 60, 640, top + 40, top + 350
+    low, high = math.log(min(values)), math.log(max(values) * 1.001)
+    last = rows[-1]["step"]
+
+    def x_of(step):
+        return left + (right - left) * step / last
+
+    def y_of(value):
+        return below - (below - above) * (math.log(value) - low) / (high - low)
+
+    draw.text((left, top + 12), f"{title} (logarithmic)", "black", font)
+    draw.line([(left, above), (left, below), (right, below)], "black")
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        value = math.exp(low + share * (high - low))
+        draw.line([(left - 4, y_of(value)), (left, y_of(value))], "black")
+        draw.text((left - 8, y_of(value)), f"{value:.2g}", "black", font, anchor="rm")
+        step = round(share * last)
+        draw.line([(x_of(step), below), (x_of(step), below + 4)], "black")
+        draw.text((x_of(step), below + 8), f"{step}", "black", font, anchor="ma")
+    draw.text((right, below + 26), "step", "black", font, anchor="ma")
+
+    for k, name in enumerate(names):
+        colour = f"hsl({55 * k}, 80%, 40%)"
+        line = [(x_of(step), y_of(value)) for step, value in points[name]]
+        draw.line(line, colour, 2)
+        if len(line) == 1:
+            draw.circle(line[0], 3, colour)
+        label = name.removeprefix("loss_").replace("_", " to " if "loss" in name else " ")
+        draw.text((right + 20, above + 20 * (len(names) - k)), label, colour, font)
+
+
 def write_npz(file, batches, labels, size):
     """Write arr_0 (N, size, size, 3) uint8, batch by batch, and arr_1 (N,), like np.savez."""
     header = dict(descr="|u1", fortran_order=False, shape=(len(labels), size, size, 3))
@@ -446,7 +502,7 @@ def choose_output(typed, run_folder, kind):
         raise UserError(f"--out {path}: a filmstrip is a picture ({', '.join(PICTURES)})")
     if what == "folder" and path.is_dir() and any(path.iterdir()):
         raise UserError(f"--out {path}: must be a new folder, or an empty one")
-    check_writable(path if what == "folder" else path.parent)
+    check_writable(path if what == "folder" else path.parent, "--out")
     return path, what
 
 

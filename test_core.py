@@ -224,14 +224,20 @@ def test_the_largest_angle_leaves_one_signal_to_noise_ratio_also_in_more_dimensi
         assert along.mean() / (v - along * signal).std() == pytest.approx(4.8, rel=0.05)
 
 
-PARAMETERS = {"tiny": 2_183_776, "S": 33_252_832, "B": 131_364_352, "L": 458_390_272,
-              "XL": 675_160_896}
-
-
-def test_xl_has_the_released_size_and_flops_are_those_that_torch_counts():
+@pytest.mark.parametrize("preset, millions, gflop", [       # on the RAE's latents
+    ("S", 33, 12.4), ("B", 131, 46.6), ("L", 458, 162), ("XL", 675, 238)])
+def test_presets_have_their_parameters_and_flops(preset, millions, gflop):
+    config = model.ModelConfig(**model.PRESETS[preset])
     with torch.device("meta"):
-        state = model.Denoiser(model.ModelConfig(**model.PRESETS["XL"])).state_dict()
-    assert len(state) == 401 and sum(t.numel() for t in state.values()) == 675_160_896
+        state = model.Denoiser(config).state_dict()
+    numbers = sum(tensor.numel() for tensor in state.values())
+    assert numbers / 1e6 == pytest.approx(millions, abs=0.6)
+    assert model.flops(config) / 1e9 == pytest.approx(gflop, rel=0.01)
+    if preset == "XL":                                          # the released model
+        assert len(state) == 401 and numbers == 675_160_896
+
+
+def test_flops_are_those_that_torch_counts():
     config = model.ModelConfig(**TINY | dict(tokens=64, channels=48, width=64, depth=3))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.Denoiser(config)(torch.randn(1, 64, 48), torch.tensor([1]))
@@ -984,12 +990,12 @@ def test_copies_to_other_devices_than_cuda_are_waited_for(copied):
             if function.overloadpacket == torch.ops.aten._to_copy:
                 copies.append((kwargs or {}).get("non_blocking", False))
             return function(*args, **kwargs or {})
-    cache, indexes = caches(copied)[0], np.array([3, 1])
-    data = train.CachedLatents(cache, torch.device("meta"), train.load_latents(cache, CPU))
-    z = data.read(indexes)
+    cache, meta = caches(copied)[0], torch.device("meta")
+    data = train.CachedLatents(cache, meta, train.load_latents(cache, CPU))
+    x, labels = train.read_batch(data, np.arange(12), 0, slice(0, 4), train.SHAPES)
     with Recording():
-        placed, labels = data.place(indexes, z)
-    assert placed.is_meta and labels.is_meta and copies and not any(copies)
+        assert data.place(x).is_meta and train.move(labels, meta).is_meta
+    assert len(copies) > 1 and not any(copies)
     assert train.load_latents(cache, torch.device("mps")).device == CPU
 
 
@@ -1386,6 +1392,9 @@ def measured(line, cwd):
 def test_all_metrics_of_a_folder_and_of_its_saved_statistics(weights, tmp_path, monkeypatch):
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()   # the published file is not here
     monkeypatch.setattr(fid, "WEIGHTS_SHA256", sha256)
+    monkeypatch.setattr(fid, "frechet_distance",                # which takes seconds
+                        lambda mu1, sigma1, mu2, sigma2: ((mu1 - mu2) ** 2).sum()
+                        + abs(sigma1 - sigma2).sum())
     images, stats = encode.shapes(10)[0], tmp_path / "stats"    # written under just this name
     np.savez(tmp_path / "s.npz", arr_0=images[:5])
     draw_folder(tmp_path / "ref", each=4)
@@ -1458,7 +1467,7 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("train.py --max_angle 90", "--max_angle 90"), ("train.py --init_from cut.pt", "cut.pt"),
     ("train.py --batch_size 8 --accumulate 3", "--batch_size multiple 3"),
     ("train.py --live --skip_bad", "--live --skip_bad"),
-    ("train.py --out_dir text/x", "text/x Not a directory"),
+    ("train.py --out_dir text/x", "text no folder --out_dir"),
     ("encode.py --dataset nowhere", "nowhere"), ("encode.py --dataset imagenet", "imagenet put"),
     ("encode.py --dataset afhq", "dropbox.com"), ("train.py --dataset data/afhq", "call it afhq"),
     ("encode.py --reconstruct nowhere", "nowhere no such image"),
@@ -1473,7 +1482,7 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("sample.py --steps 0", "--steps at least 1"), ("sample.py --classes unicorn", "unicorn one, two"),
     ("sample.py --device cuda:99", "cuda:99 auto cpu"), ("sample.py --out x.tiff", "x.tiff .png"),
     ("sample.py --filmstrip --out x.npz", "x.npz .png"),
-    ("sample.py --out text/x.png", "text file folder"),
+    ("sample.py --out text/x.png", "text no folder --out"),
     ("sample.py --num_images 1 --out data/photos/one", "data/photos/one new folder"),
     ("sample.py --ckpt none.pt", "none.pt train.py"), ("sample.py --ckpt text", "text train.py"),
     ("sample.py --ckpt empty", "empty ckpt.pt train.py"),

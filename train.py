@@ -17,6 +17,8 @@ import io
 import math
 import shlex
 import signal
+import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -26,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fid
@@ -39,8 +40,8 @@ from model import (
     PRESETS, Denoiser, Distillation, ModelConfig, distribution_matching, flops, generate,
     guidance_scales, imitation, largest_angle, losses, noise_angle, sampling_angles)
 from sample import (
-    CHECKPOINT_FORMAT, SAMPLING, draw_batches, find_checkpoint, grid_rows, load_checkpoint,
-    load_codec_of, make_grid, seconds, split_batches, write_picture)
+    CHECKPOINT_FORMAT, SAMPLING, draw_batches, draw_curves, find_checkpoint, grid_rows,
+    load_checkpoint, load_codec_of, make_grid, seconds, split_batches, write_picture)
 
 
 # ========================================================================= the settings
@@ -266,6 +267,7 @@ def plan_run(flags, out_dir, resume, data_dir):
         raise UserError(f"--batch_size: must be a multiple of {WORLD * settings.accumulate}")
     if settings.distill and settings.accumulate > 1:
         raise UserError("--accumulate: not with --distill; use a smaller --batch_size")
+    check_writable(out_dir, "--out_dir")
     _, folder = locate(settings.dataset, data_dir)
     if Path(out_dir).resolve() == folder.resolve():
         raise UserError(f"--out_dir {out_dir}: holds the images; use another folder")
@@ -286,13 +288,21 @@ def default_out_dir(flags, source, data_dir):
 
 # ============================================================================= the data
 
+# A thread reads the next batch while the network learns from this one. It leaves torch's
+# operations to the main thread: in a second thread they slow down every step on a CPU, and can
+# crash on MPS.
+
+def move(array, device):
+    """A numpy array or tensor, on the device.
+
+    On CUDA the program does not wait for the copy. On MPS, it would then read freed memory.
+    """
+    return torch.as_tensor(array).to(device, non_blocking=device.type == "cuda")
+
+
 @dataclass(frozen=True)
 class CachedLatents:
-    """Batches from the cache: on the card, in memory, or read from disk.
-
-    `read` runs in a thread, one step ahead, and leaves torch's operations to `place`: in a
-    second thread they slow down every step on a CPU, and can crash on MPS.
-    """
+    """A run's data from the cache: on the card, in memory, or read from disk."""
 
     cache: Cache
     device: torch.device
@@ -302,30 +312,31 @@ class CachedLatents:
     def labels(self):
         return self.cache.labels
 
-    def read(self, indexes):
-        """(B, T, C) float16 in memory, or None if the latents are on the card."""
-        on_card = self.device.type == "cuda"
-        if self.latents is not None and on_card:
-            return None
-        # From pinned memory, copies to the card do not hold up the program.
-        z = torch.empty(len(indexes), *self.cache.shape, dtype=torch.float16, pin_memory=on_card)
-        if self.latents is None:
-            self.cache.read(indexes, z.numpy())
-        else:
-            np.take(self.latents.numpy(), indexes, axis=0, out=z.numpy(), mode="clip")
-        return z
+    def on_card(self):
+        return self.latents is not None and self.device.type == "cuda"
 
-    def place(self, indexes, z):
-        """(B, T, C) float32 and labels (B,) on the device."""
-        if z is None:
-            z = self.latents[torch.from_numpy(indexes).to(self.device)]
-        z = z.to(self.device, non_blocking=z.is_pinned() if z.device.type == "cpu" else False)
-        return z.float(), torch.from_numpy(self.labels[indexes]).to(self.device)
+    def read(self, indexes):
+        """In the thread: (B, T, C) float16; or the indexes, if the latents are on the card."""
+        if self.on_card():
+            return indexes
+        # Only from pinned memory are large copies to the card not waited for.
+        x = torch.empty(len(indexes), *self.cache.shape, dtype=torch.float16,
+                        pin_memory=self.device.type == "cuda")
+        if self.latents is None:
+            self.cache.read(indexes, x.numpy())
+        else:
+            np.take(self.latents.numpy(), indexes, axis=0, out=x.numpy(), mode="clip")
+        return x
+
+    def place(self, x):
+        """In the main thread: latents (B, T, C) float32 on the device."""
+        x = move(x, self.device)
+        return (self.latents[x] if self.on_card() else x).float()
 
 
 @dataclass(frozen=True)
 class LiveLatents:
-    """Batches straight from the images: a thread reads these, `place` encodes them."""
+    """A run's data straight from the images, encoded batch by batch."""
 
     dataset: Dataset
     labels: np.ndarray          # (N,), or (2 N,) with the mirrored images
@@ -335,17 +346,15 @@ class LiveLatents:
     pool: ThreadPoolExecutor    # decodes image files
 
     def read(self, indexes):
-        """(B, S, S, 3) uint8."""
-        size = self.codec.image_size
-        images = self.pool.map(functools.partial(self.dataset.load, size=size), indexes)
-        return np.stack(list(images))
+        """In the thread: images (B, S, S, 3) uint8."""
+        load = functools.partial(self.dataset.load, size=self.codec.image_size)
+        return np.stack(list(self.pool.map(load, indexes)))
 
-    def place(self, indexes, images):
-        """(B, T, C) float32 and labels (B,) on the device."""
+    def place(self, x):
+        """In the main thread: latents (B, T, C) float32 on the device."""
         with torch.no_grad(), autocast(self.device, self.dtype):
-            z = self.codec.encode(to_float(images, self.device))
-        z = z.half().float()    # rounded as in the cache
-        return z, torch.from_numpy(self.labels[indexes]).to(self.device)
+            z = self.codec.encode(to_float(x, self.device))
+        return z.half().float()     # rounded as in the cache
 
 
 def load_latents(cache, device):
@@ -376,10 +385,14 @@ def batch_indexes(n, batch_size, step, seed):
 
 
 def read_batch(data, usable, step, rows, settings):
-    """This process's share of a step's images: their indexes, and what `place` makes latents of."""
+    """In the thread: what a step needs of the data, for rows (a slice) of its batch.
+
+    usable: the indexes of the images that could be read. Returns what `data.place` makes
+    latents of, and the labels (B,).
+    """
     chosen = batch_indexes(len(usable), settings.batch_size, step, settings.seed)
     indexes = usable[chosen[rows]]
-    return indexes, data.read(indexes)
+    return data.read(indexes), data.labels[indexes]
 
 
 # ============================================================================== a step
@@ -569,7 +582,7 @@ def distill_step(nets, ema, optimizers, step, rows, settings, dtype="auto", grou
 
     nets: a Distillation. ema: the averaged generator. rows: a slice, this process's share of
     the batch. group: of processes that exchange gradients. Returns the losses, a dict of (B,),
-    the noise angle of each (B,), and the norm of the gradient.
+    the noise angle of each (B,) or None, and the norm of the gradient.
     """
     config, device = nets.real.config, next(nets.parameters()).device
     noise, angle, share, _ = draw(step, rows, settings, config, device)
@@ -583,6 +596,7 @@ def distill_step(nets, ema, optimizers, step, rows, settings, dtype="auto", grou
         with autocast(device, dtype):
             target = teach(nets.real, noise, labels, settings)
             values = imitation(nets.generator, noise, labels, target)
+        angle = None                                # this loss knows none
     else:
         optimizer = matching
         lr = learning_rate(matched, settings.max_steps - settings.imitate_steps, settings.lr)
@@ -654,12 +668,12 @@ class Log:
             self.rows.append(row)
 
 
-def angle_bins(config, settings):
+def angle_bins(config, settings, device):
     """The inner edges of BINS equal shares of the noise law, (BINS - 1,) radians, and names."""
     shares = torch.arange(1, BINS) / BINS
     inner = noise_angle(shares, config.max_angle, settings.angle_mean, settings.angle_std)
     edges = [0.0, *torch.rad2deg(inner).tolist(), config.max_angle]
-    return inner, [f"loss_{low:.4g}_{high:.4g}" for low, high in zip(edges, edges[1:])]
+    return inner.to(device), [f"loss_{low:.4g}_{high:.4g}" for low, high in zip(edges, edges[1:])]
 
 
 def write_log(out_dir, rows):
@@ -672,58 +686,6 @@ def write_log(out_dir, rows):
         writer.writerow({name: f"{value:.8g}" for name, value in row.items()})
     write_file(out_dir / "log.csv", lambda file: file.write(text.getvalue().encode()))
     write_picture(out_dir / "curve.png", draw_curves(rows))
-
-
-def draw_curves(rows):
-    """The loss by noise angle and, if there were any, the evaluations, over the steps."""
-    by_angle = [name for name in rows[-1] if name.startswith("loss_")]
-    others = [name for row in rows for name in row if name.startswith("eval_")]
-    panels = [("loss by noise angle, in degrees", by_angle)]
-    if others:
-        panels.append(("distance from real images", sorted(set(others))))
-    picture = Image.new("RGB", (800, 400 * len(panels)), "white")
-    for k, (title, names) in enumerate(panels):
-        draw_panel(ImageDraw.Draw(picture), 400 * k, title, names, rows)
-    return picture
-
-
-def draw_panel(draw, top, title, names, rows):
-    """Lines of named columns over the steps, on a logarithmic scale, 800 x 400 pixels."""
-    font = ImageFont.load_default(14)
-    points = {name: [(row["step"], row[name]) for row in rows if row.get(name, 0) > 0]
-              for name in names}
-    values = [value for line in points.values() for _, value in line]
-    if not values:
-        return
-    left, right, above, below = 60, 640, top + 40, top + 350
-    low, high = math.log(min(values)), math.log(max(values) * 1.001)
-    last = rows[-1]["step"]
-
-    def x_of(step):
-        return left + (right - left) * step / last
-
-    def y_of(value):
-        return below - (below - above) * (math.log(value) - low) / (high - low)
-
-    draw.text((left, top + 12), f"{title} (logarithmic)", "black", font)
-    draw.line([(left, above), (left, below), (right, below)], "black")
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        value = math.exp(low + share * (high - low))
-        draw.line([(left - 4, y_of(value)), (left, y_of(value))], "black")
-        draw.text((left - 8, y_of(value)), f"{value:.2g}", "black", font, anchor="rm")
-        step = round(share * last)
-        draw.line([(x_of(step), below), (x_of(step), below + 4)], "black")
-        draw.text((x_of(step), below + 8), f"{step}", "black", font, anchor="ma")
-    draw.text((right, below + 26), "step", "black", font, anchor="ma")
-
-    for k, name in enumerate(names):
-        colour = f"hsl({55 * k}, 80%, 40%)"
-        line = [(x_of(step), y_of(value)) for step, value in points[name]]
-        draw.line(line, colour, 2)
-        if len(line) == 1:
-            draw.circle(line[0], 3, colour)
-        label = name.removeprefix("loss_").replace("_", " to " if "loss" in name else " ")
-        draw.text((right + 20, above + 20 * (len(names) - k)), label, colour, font)
 
 
 def time_left(seconds):
@@ -895,7 +857,8 @@ def set_aside(out_dir):
     files = [file for name in names for file in out_dir.glob(name)]
     if not files:
         return
-    aside = out_dir / time.strftime("earlier_%Y-%m-%d_%H.%M.%S")
+    stamp = time.strftime("earlier_%Y-%m-%d_%H.%M.%S")
+    aside = out_dir / f"{stamp}_{len(list(out_dir.glob('earlier_*'))) + 1}"
     try:
         aside.mkdir()
         for file in files:
@@ -908,17 +871,27 @@ def set_aside(out_dir):
 
 # ---------------------------------------------------------------------------- what it shows
 
-def add_to_log(run, values, angle, grad_norm, bins):
-    """Add a step's losses to the sums of the log; here is the place for other numbers."""
+def add_to_log(log, values, angle, grad_norm, bins):
+    """Add a step's losses to the sums of the log; the place to log another number.
+
+    values: name -> (B,). angle: (B,), or None where the loss has nothing to do with one.
+    """
     finite = torch.isfinite(grad_norm)
     for name, value in values.items():
-        run.log.add(name, value, finite)
+        log.add(name, value, finite)
+    log.add("grad_norm", grad_norm, finite)
+    log.add("skipped", 1 - finite.float(), torch.ones_like(finite))
+    if angle is None:
+        return
     inner, names = bins
-    place = torch.bucketize(angle, inner)
+    bin = torch.bucketize(angle, inner)
     for k, name in enumerate(names):
-        run.log.add(name, next(iter(values.values())), finite & (place == k))
-    run.log.add("grad_norm", grad_norm, finite)
-    run.log.add("skipped", 1 - finite.float(), torch.ones_like(finite))
+        log.add(name, values["loss"], finite & (bin == k))
+
+
+def print_settings(settings):
+    pairs = [f"{name}={value!r}" for name, value in vars(settings).items()]
+    print(textwrap.fill(" ".join(pairs), 88, subsequent_indent="  "), flush=True)
 
 
 def write_line(run, means, rate, seconds, caught):
@@ -937,10 +910,13 @@ def write_line(run, means, rate, seconds, caught):
     say("  ".join(parts), caught)
 
 
+SHOWN = 12              # classes in a grid of samples
+
+
 def write_samples(run):
     """A grid of samples in samples/, always from the same noise: a column a class."""
     settings = run.settings
-    shown = run.classes[:12]
+    shown = run.classes[:SHOWN]
     labels = torch.arange(len(shown)).repeat(6)
     sampling = {name: getattr(settings, name) for name in SAMPLING}
     batches = draw_batches(run.ema, run.codec, labels, [list(range(len(labels)))],
@@ -1028,7 +1004,7 @@ def train(run, model, data, evaluation, caught):
     distilling. evaluation: an Evaluation, or None. caught: a list of signals.
     """
     settings, config, device = run.settings, run.config, run.device
-    bins = angle_bins(config, settings)
+    bins = angle_bins(config, settings, device)
     bad = torch.zeros((), device=device)        # steps in a row that were skipped
     before = run.log.rows[-1].get("seconds", 0) if run.log.rows else 0
     begun = time.time() - before
@@ -1053,7 +1029,8 @@ def train(run, model, data, evaluation, caught):
                 run.nets, run.ema, run.optimizers, run.step, run.rows, settings, run.dtype,
                 run.group)
         else:
-            z, labels = data.place(*ahead.result())
+            x, labels = ahead.result()
+            z, labels = data.place(x), move(labels, device)
             ahead = reader.submit(read_batch, data, usable, run.step + 1, run.rows, settings)
             noise, angle, share, dropped = draw(run.step, run.rows, settings, config, device)
             labels = labels.masked_fill(dropped, config.num_classes)
@@ -1061,7 +1038,7 @@ def train(run, model, data, evaluation, caught):
             values, grad_norm = train_step(model, run.optimizers, run.step, batch, settings,
                                            run.dtype)
             update_average(run.ema, run.denoiser, settings.ema_decay, run.step)
-        add_to_log(run, values, angle, grad_norm, bins)
+        add_to_log(run.log, values, angle, grad_norm, bins)
         run.step += 1
 
         # Counted on the device, so that the program does not wait for it at every step.
@@ -1165,7 +1142,7 @@ def bench(run, model):
 
 def matrix_product_rate(device, dtype):
     """FLOP/s of a large matrix product in the type that training multiplies in."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = 8192 if device.type == "cuda" else 1024
     with autocast(device, dtype):
         a = torch.randn(size, size, device=device)
         kind = (a[:8, :8] @ a[:8, :8]).dtype
@@ -1250,7 +1227,6 @@ def main():
 
     # What can fail has come before anything is written.
     def prepare_folder():
-        check_writable(path.parent)
         for leftover in path.parent.glob("ckpt.pt.*.tmp"):      # of a save that was killed
             leftover.unlink()
         if not resumed:
@@ -1258,7 +1234,9 @@ def main():
         count = "no images needed" if data is None else f"{(data.labels >= 0).sum():,} images"
         print(f"{count}, {len(classes)} classes{known}, latents {run.config.tokens}x"
               f"{run.config.channels}, {WORLD} x {device.type}, from step {run.step:,}")
-        print(settings, flush=True)
+        print_settings(settings)
+        if len(classes) > SHOWN:
+            print(f"grids of samples show the first {SHOWN} classes")
     from_first(prepare_folder)
 
     caught = catch_signals()
@@ -1268,7 +1246,8 @@ def main():
               "to go on")
     elif RANK == 0:
         print(f"done: {path}, grids in {path.parent / 'samples'}")
-        print(f"next: python sample.py --ckpt {shlex.quote(str(path.parent))}")
+        script = shlex.quote(str(Path(sys.argv[0]).with_name("sample.py")))
+        print(f"next: python {script} --ckpt {shlex.quote(str(path.parent))}")
 
 
 if __name__ == "__main__":
