@@ -1548,13 +1548,43 @@ def test_a_home_folder_a_strange_name_and_a_stray_environment_variable_do_no_har
     works(processes("sample.py --num_images 2", copied, 1), "wrote")
 
 
-def test_readme_names_only_flags_and_files_that_exist():
-    text = (HERE / "README.md").read_text()
+def python_of_the_readme(word):
+    """The block of Python in the README that holds a word."""
+    [block] = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+               if word in block]
+    return block
+
+
+def test_the_method_in_25_lines_runs_as_the_readme_has_it(tmp_path, monkeypatch):
+    block = python_of_the_readme("optimizer.step")
+    short = block.replace("10_000", "1_000").replace("range(400)", "range(2)")
+    assert short.count("range(2)") == 1 and short.count("1_000") == 1
+    monkeypatch.chdir(tmp_path)
+    exec(compile(short, "README.md", "exec"), {})
+    assert Image.open("grid.png").size[0] == 10 * 100 + 4
+
+
+def test_drawing_from_python_works_as_the_readme_has_it(copied, monkeypatch):
+    block = python_of_the_readme("sampling_of").replace("out/shapes", "out/photos")
+    monkeypatch.chdir(copied)
+    names = {}
+    exec(compile(block.replace("[3, 1, 4]", "[1, 1, 0]"), "README.md", "exec"), names)
+    assert names["images"].shape == (3, 32, 32, 3) and names["images"].dtype == np.uint8
+
+
+README = (HERE / "README.md").read_text()
+GUIDE = (HERE / "assets/guide.md").read_text()
+
+
+@pytest.mark.parametrize("text, folder", [(README, HERE), (GUIDE, HERE / "assets")])
+def test_readme_and_guide_name_only_flags_and_files_that_exist(text, folder):
     known = {*train.Settings.__annotations__, "nproc_per_node", "nnodes", "rdzv_backend",
-             "rdzv_endpoint", "shutdown_timeout"}
+             "rdzv_endpoint", "shutdown_timeout", "max"}
     for name in ("encode.py", "train.py", "sample.py", "fid.py"):
         known |= set(re.findall(r'"--(\w+)"', (HERE / name).read_text()))
     flags = set(re.findall(r"(?<![\w-])--([a-z]\w+)", text))
-    assert len(flags) > 15 and flags <= known, flags - known
-    files = re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(r"python (\w+\.py)", text)
-    assert len(files) > 6 and [name for name in files if not (HERE / name).is_file()] == []
+    assert len(flags) > 10 and flags <= known, flags - known
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    scripts = re.findall(r"python (\w+\.py)", text)
+    assert [name for name in linked if not (folder / name).is_file()] == []
+    assert scripts and [name for name in scripts if not (HERE / name).is_file()] == []
