@@ -173,8 +173,9 @@ def with_the_others():
     """Around communication: it fails when another process has ended, which then says why."""
     try:
         yield
-    except RuntimeError:
-        sys.exit(1)
+    except RuntimeError as error:
+        reason = str(error).split("] ")[-1].split(". ")[0]
+        sys.exit(f"process {RANK}: ends, for it has lost another one ({reason})")
 
 
 def barrier():

@@ -912,17 +912,16 @@ script.{name} = signalling""")
 def test_two_processes_train_as_one_does_and_end_equal(copied, flags):
     works(script(AGAIN + flags, copied))
     works(processes(TRAIN + flags + "--out_dir out/two", copied, patch="""
-made, make, main = [], script.make_run, script.main
-def make_run(*args):
+made, make, main = [], script.make_training, script.main
+def make_training(*args):
     made.append(make(*args))
     return made[0]
-def compile_run(run):
+def compile_networks(run, choice):
     run.denoiser.compile(backend="aot_eager_decomp_partition")      # as DDP sees compiled models
 def main_and_save():
     main()
     torch.save([made[0].denoiser.state_dict(), made[0].ema.state_dict()], "rank" + os.environ["RANK"])
-script.make_run, script.main, script.compile_run = make_run, main_and_save, compile_run
-script.choose_compile = lambda *_: True"""), "2 x cpu")
+script.make_training, script.main, script.compile_networks = make_training, main_and_save, compile_networks"""), "2 x cpu")
     assert_same_curve(copied / "out/again", copied / "out/two")
     for first, second in zip(load(copied / "rank0"), load(copied / "rank1"), strict=True):
         assert equal(first.values(), second.values())
@@ -1148,7 +1147,7 @@ def test_compiling_is_for_cuda_and_long_runs_on_cpus_and_must_work_if_asked_for(
 def test_fine_tuning_starts_from_the_weights_the_codec_and_the_rows_of_known_classes(copied):
     draw_folder(copied / "data/others", ("three", "two"))
     line = "train.py --init_from out/photos/ckpt.pt --batch_size 4 --max_steps 1 --lr 0 --dataset "
-    works(script(line + "others", copied), "2 classes (1 known to out/photos/ckpt.pt)")
+    works(script(line + "others", copied), "2 classes (1 known to the checkpoint")
     old, new = (load(copied / f"out/{name}/ckpt.pt") for name in ("photos", "others"))
     assert new["codec"]["fingerprint"] == old["codec"]["fingerprint"]
     weights = {name: (old["ema"][name], new["model"][name]) for name in old["ema"]}

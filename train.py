@@ -125,6 +125,10 @@ class Settings:
     eval_features: str = flag("network that compares them", "codec",
                               choices=["codec", "inception"])
 
+    def sampling(self):
+        """The options of sample.py's functions."""
+        return {name: getattr(self, name) for name in SAMPLING}
+
 
 # A run uses one of these blocks with the flags laid over it, and nothing else. What is not
 # known of the paper's settings follows RAE, Sphere Encoder and assets/results.md.
@@ -704,7 +708,7 @@ def time_left(seconds):
 # ============================================================================== the run
 
 @dataclass
-class Run:
+class Training:
     """What a run was asked for, and what it has become."""
 
     settings: Settings
@@ -731,7 +735,7 @@ class Run:
         return slice(RANK * size // WORLD, (RANK + 1) * size // WORLD)
 
 
-def make_run(settings, path, device, dtype, group, codec, classes, cache_key, start=None):
+def make_training(settings, path, device, dtype, group, codec, classes, cache_key, start=None):
     """A run at its beginning; start: a checkpoint whose weights it begins with."""
     tokens, channels = latent_shape(settings.codec)
     max_angle = settings.max_angle or largest_angle(tokens, channels)
@@ -749,7 +753,7 @@ def make_run(settings, path, device, dtype, group, codec, classes, cache_key, st
     else:
         nets = None
         optimizers = make_optimizers(denoiser, settings, device)
-    return Run(settings, path, device, dtype, group, codec, classes, cache_key, config, denoiser,
+    return Training(settings, path, device, dtype, group, codec, classes, cache_key, config, denoiser,
                nets, ema, optimizers, Log())
 
 
@@ -766,11 +770,14 @@ def adopt_weights(denoiser, start, classes):
 
 def choose_compile(choice, settings, device):
     """Whether to use torch.compile. auto: on CUDA, and on a CPU if the run is long enough."""
-    long_enough = settings.max_steps >= 1000 and not settings.distill
-    if choice == "auto" and device.type != "cuda" and not (device.type == "cpu" and long_enough):
+    long_on_cpu = device.type == "cpu" and settings.max_steps >= 1000 and not settings.distill
+    if choice == "auto":
+        wanted = device.type == "cuda" or long_on_cpu
+    else:
+        wanted = choice == "on"
+    if not wanted:
         return False
-    if choice == "off":
-        return False
+
     error = can_compile(device)
     if error is None:
         return True
@@ -782,49 +789,51 @@ def choose_compile(choice, settings, device):
     return False
 
 
-def compile_run(run):
-    """Compile its networks in place, so that state dicts keep their names."""
-    nets = run.nets.children() if run.nets else [run.denoiser]
-    for net in nets:
-        net.compile()
+def compile_networks(training, choice):
+    """Compile the networks in place, so that state dicts keep their names, if `choice` says so."""
+    if not choose_compile(choice, training.settings, training.device):
+        return
+    networks = training.nets.children() if training.nets else [training.denoiser]
+    for network in networks:
+        network.compile()
     if RANK == 0:
         print("the first step takes longer: torch.compile (see --compile)", flush=True)
 
 
-def wrap_for_processes(run):
+def wrap_for_processes(training):
     """The denoiser, in DDP if there are several processes."""
-    if WORLD == 1 or run.nets:
-        return run.denoiser
-    # Large buckets, for torch.compile cuts the network at each; nothing is copied needlessly.
-    return DDP(run.denoiser, process_group=run.group, bucket_cap_mb=100,
-               gradient_as_bucket_view=True, broadcast_buffers=False)
+    if WORLD == 1 or training.nets:
+        return training.denoiser
+    # torch.compile cuts the network where a bucket ends, so these are large.
+    return DDP(training.denoiser, process_group=training.group, bucket_cap_mb=100,
+               gradient_as_bucket_view=True)
 
 
 # ------------------------------------------------------------------------ its checkpoint
 
-def save_checkpoint(run):
+def save_checkpoint(training):
     """Write ckpt.pt, unless another run has written it meanwhile."""
-    if run.path.exists() and stamp_of(run.path) != run.stamp:
-        raise UserError(f"{run.path}: another run has written it meanwhile, so this one stops; "
+    if training.path.exists() and stamp_of(training.path) != training.stamp:
+        raise UserError(f"{training.path}: another run has written it meanwhile, so this one stops; "
                         "give each an --out_dir of its own")
-    small = run.settings.codec in SMALL_CODECS
+    small = training.settings.codec in SMALL_CODECS
     contents = dict(
         format=CHECKPOINT_FORMAT,
-        step=run.step,
-        model=run.denoiser.state_dict(),
-        ema=run.ema.state_dict(),
-        nets=run.nets.state_dict() if run.nets else None,
-        optimizers=[optimizer.state_dict() for optimizer in run.optimizers],
-        config=vars(run.config),
-        settings=vars(run.settings),
-        classes=run.classes,
-        codec=dict(name=run.settings.codec, fingerprint=fingerprint(run.codec),
-                   weights=run.codec.state_dict() if small else None),
-        cache_key=run.cache_key,
-        log=run.log.rows,
-        sums={name: pair.cpu() for name, pair in run.log.sums.items()})
-    write_file(run.path, lambda file: torch.save(contents, file))
-    run.stamp = stamp_of(run.path)
+        step=training.step,
+        model=training.denoiser.state_dict(),
+        ema=training.ema.state_dict(),
+        nets=training.nets.state_dict() if training.nets else None,
+        optimizers=[optimizer.state_dict() for optimizer in training.optimizers],
+        config=vars(training.config),
+        settings=vars(training.settings),
+        classes=training.classes,
+        codec=dict(name=training.settings.codec, fingerprint=fingerprint(training.codec),
+                   weights=training.codec.state_dict() if small else None),
+        cache_key=training.cache_key,
+        log=training.log.rows,
+        sums={name: pair.cpu() for name, pair in training.log.sums.items()})
+    write_file(training.path, lambda file: torch.save(contents, file))
+    training.stamp = stamp_of(training.path)
 
 
 def stamp_of(path):
@@ -832,23 +841,24 @@ def stamp_of(path):
     return path.stat().st_mtime_ns
 
 
-def restore(run, saved):
-    """Continue from a checkpoint of this run."""
-    load_state(run.ema, saved["ema"], run.path)
-    if run.nets:
-        load_state(run.nets, saved["nets"], run.path)
+def restore(training, saved):
+    """Continue from a checkpoint of this training."""
+    load_state(training.ema, saved["ema"], training.path)
+    if training.nets:
+        load_state(training.nets, saved["nets"], training.path)
     else:
-        load_state(run.denoiser, saved["model"], run.path)
-    for optimizer, theirs in zip(run.optimizers, saved["optimizers"]):
+        load_state(training.denoiser, saved["model"], training.path)
+    for optimizer, theirs in zip(training.optimizers, saved["optimizers"]):
         state = theirs["state"]
-        if run.device.type == "cpu":
+        if training.device.type == "cpu":
             state = copy.deepcopy(state)        # not to write into the file, which is mapped
         groups = optimizer.state_dict()["param_groups"]         # of the present settings
         optimizer.load_state_dict(dict(state=state, param_groups=groups))
-    run.step, run.log.rows = saved["step"], saved["log"]
-    if RANK == 0:
-        run.log.sums = {name: pair.to(run.device) for name, pair in saved["sums"].items()}
-        run.stamp = stamp_of(run.path)
+    training.step, training.log.rows = saved["step"], saved["log"]
+    for name, pair in saved["sums"].items():
+        pair = pair if RANK == 0 else torch.zeros(2)            # they are of all processes
+        training.log.sums[name] = pair.to(training.device)
+    training.stamp = stamp_of(training.path)
 
 
 def set_aside(out_dir):
@@ -884,23 +894,18 @@ def add_to_log(log, values, angle, grad_norm, bins):
     if angle is None:
         return
     inner, names = bins
-    bin = torch.bucketize(angle, inner)
+    place = torch.bucketize(angle, inner)
     for k, name in enumerate(names):
-        log.add(name, values["loss"], finite & (bin == k))
+        log.add(name, values["loss"], finite & (place == k))
 
 
-def print_settings(settings):
-    pairs = [f"{name}={value!r}" for name, value in vars(settings).items()]
-    print(textwrap.fill(" ".join(pairs), 88, subsequent_indent="  "), flush=True)
-
-
-def write_line(run, means, rate, seconds, caught):
+def write_line(training, means, rate, seconds, caught):
     """Finish a row of the log, print it, and write log.csv and curve.png."""
-    settings, step = run.settings, run.step
-    before = run.log.rows[-1]["step"] if run.log.rows else 0
+    settings, step = training.settings, training.step
+    before = training.log.rows[-1]["step"] if training.log.rows else 0
     means["skipped"] = round(means["skipped"] * (step - before))        # steps
-    run.log.put(dict(step=step, **means, images_per_s=rate, seconds=seconds))
-    write_log(run.path.parent, run.log.rows)
+    training.log.put(dict(step=step, **means, images_per_s=rate, seconds=seconds))
+    write_log(training.path.parent, training.log.rows)
 
     left = time_left((settings.max_steps - step) * settings.batch_size / rate)
     shown = [f"{name} {value:.4g}" for name, value in means.items()
@@ -913,17 +918,16 @@ def write_line(run, means, rate, seconds, caught):
 SHOWN = 12              # classes in a grid of samples
 
 
-def write_samples(run):
+def write_samples(training):
     """A grid of samples in samples/, always from the same noise: a column a class."""
-    settings = run.settings
-    shown = run.classes[:SHOWN]
+    settings = training.settings
+    shown = training.classes[:SHOWN]
     labels = torch.arange(len(shown)).repeat(6)
-    sampling = {name: getattr(settings, name) for name in SAMPLING}
-    batches = draw_batches(run.ema, run.codec, labels, [list(range(len(labels)))],
-                           dtype=run.dtype, **sampling)
+    batches = draw_batches(training.ema, training.codec, labels, [list(range(len(labels)))],
+                           dtype=training.dtype, **settings.sampling())
     images = np.concatenate(list(batches))
     grid = make_grid(grid_rows(images, shown * 6, len(shown)))
-    write_picture(run.path.parent / f"samples/step_{run.step:06d}.png", grid)
+    write_picture(training.path.parent / f"samples/step_{training.step:06d}.png", grid)
 
 
 @dataclass(frozen=True)
@@ -935,34 +939,34 @@ class Evaluation:
     sigma: np.ndarray
 
 
-def prepare_evaluation(run, data_dir, workers):
+def prepare_evaluation(training, data_dir, workers):
     """Open the network and the reference of --eval_every. Raises UserError if one is missing."""
-    settings = run.settings
+    settings = training.settings
     if settings.eval_features == "inception":
-        extractor = in_turn(lambda: fid.inception_extractor(run.device))
+        extractor = in_turn(lambda: fid.inception_extractor(training.device))
     else:
-        extractor = fid.codec_extractor(settings.codec, run.codec, run.device)
+        extractor = fid.codec_extractor(settings.codec, training.codec, training.device)
     where = settings.eval_ref or settings.dataset
     reference = from_first(lambda: fid.open_set(where, data_dir))
-    size = extractor.size or run.codec.image_size
+    size = extractor.size or training.codec.image_size
     mu, sigma = fid.reference_moments(reference, extractor, size, workers)
     return Evaluation(extractor, mu, sigma)
 
 
-def evaluate(run, evaluation):
+def evaluate(training, evaluation, caught):
     """Log the Frechet distance of samples, drawn and measured by all processes together."""
-    settings, extractor = run.settings, evaluation.extractor
-    labels = torch.arange(settings.eval_images) % len(run.classes)
-    sampling = {name: getattr(settings, name) for name in SAMPLING}
+    settings, extractor = training.settings, evaluation.extractor
+    labels = torch.arange(settings.eval_images) % len(training.classes)
     batches = split_batches(len(labels), 100)
-    drawn = draw_batches(run.ema, run.codec, labels, batches, dtype=run.dtype, **sampling)
+    drawn = draw_batches(training.ema, training.codec, labels, batches, dtype=training.dtype,
+                         **settings.sampling())
     mu, sigma = fid.moments_of(drawn, extractor)
     if RANK == 0:
         distance = fid.frechet_distance(mu, sigma, evaluation.mu, evaluation.sigma)
-        run.log.put({"step": run.step, "eval_fid": distance})
-        write_log(run.path.parent, run.log.rows)
-        print(f"step {run.step:6,}: Frechet distance {distance:.4g} of {len(labels):,} samples, "
-              f"features of {extractor.name}", flush=True)
+        training.log.put({"step": training.step, "eval_fid": distance})
+        write_log(training.path.parent, training.log.rows)
+        say(f"step {training.step:,}: Frechet distance {distance:.4g} of {len(labels):,} samples, "
+            f"in features of {extractor.name}", caught)
 
 
 # ---------------------------------------------------------------------------------- the loop
@@ -991,33 +995,33 @@ def any_process(flag):
     return count.item() > 0
 
 
-def save_together(run):
+def save_together(training):
     """Save the checkpoint, with the sums of all processes in it."""
-    run.log.gather()
-    from_first(lambda: save_checkpoint(run))
+    training.log.gather()
+    from_first(lambda: save_checkpoint(training))
 
 
-def train(run, model, data, evaluation, caught):
+def train(training, model, data, evaluation, caught):
     """Take the steps that are left.
 
     model: the denoiser, or DDP around it. data: CachedLatents or LiveLatents; None when
     distilling. evaluation: an Evaluation, or None. caught: a list of signals.
     """
-    settings, config, device = run.settings, run.config, run.device
+    settings, config, device = training.settings, training.config, training.device
     bins = angle_bins(config, settings, device)
     bad = torch.zeros((), device=device)        # steps in a row that were skipped
-    before = run.log.rows[-1].get("seconds", 0) if run.log.rows else 0
+    before = training.log.rows[-1].get("seconds", 0) if training.log.rows else 0
     begun = time.time() - before
-    clock, clock_step = time.time(), run.step
-    first_step = run.step
+    clock, clock_step = time.time(), training.step
+    first_step = training.step
 
     # A thread reads the next batch while this one is learnt from.
     reader = ThreadPoolExecutor(1)
     if data:
         usable = np.flatnonzero(data.labels >= 0)
-        ahead = reader.submit(read_batch, data, usable, run.step, run.rows, settings)
+        ahead = reader.submit(read_batch, data, usable, training.step, training.rows, settings)
 
-    while run.step < settings.max_steps:
+    while training.step < settings.max_steps:
         # A signal to any process, or an image that it cannot read, stops all of them.
         problem = ahead.exception() if data else None
         if any_process(caught or problem):
@@ -1026,67 +1030,67 @@ def train(run, model, data, evaluation, caught):
         # One step.
         if settings.distill:
             values, angle, grad_norm = distill_step(
-                run.nets, run.ema, run.optimizers, run.step, run.rows, settings, run.dtype,
-                run.group)
+                training.nets, training.ema, training.optimizers, training.step, training.rows, settings, training.dtype,
+                training.group)
         else:
             x, labels = ahead.result()
             z, labels = data.place(x), move(labels, device)
-            ahead = reader.submit(read_batch, data, usable, run.step + 1, run.rows, settings)
-            noise, angle, share, dropped = draw(run.step, run.rows, settings, config, device)
+            ahead = reader.submit(read_batch, data, usable, training.step + 1, training.rows, settings)
+            noise, angle, share, dropped = draw(training.step, training.rows, settings, config, device)
             labels = labels.masked_fill(dropped, config.num_classes)
             batch = z, labels, noise, angle, share
-            values, grad_norm = train_step(model, run.optimizers, run.step, batch, settings,
-                                           run.dtype)
-            update_average(run.ema, run.denoiser, settings.ema_decay, run.step)
-        add_to_log(run.log, values, angle, grad_norm, bins)
-        run.step += 1
+            values, grad_norm = train_step(model, training.optimizers, training.step, batch, settings,
+                                           training.dtype)
+            update_average(training.ema, training.denoiser, settings.ema_decay, training.step)
+        add_to_log(training.log, values, angle, grad_norm, bins)
+        training.step += 1
 
         # Counted on the device, so that the program does not wait for it at every step.
         bad = torch.where(bad < BAD_STEPS, (bad + 1) * ~torch.isfinite(grad_norm), bad)
-        if run.step == first_step + 1:
+        if training.step == first_step + 1:
             after_first = time.time()
-        if run.step == first_step + 2:
+        if training.step == first_step + 2:
             grad_norm.item()                    # waits for the device
-            say_how_long(settings.max_steps - run.step, time.time() - after_first, caught)
+            say_how_long(settings.max_steps - training.step, time.time() - after_first, caught)
 
         # What happens every so many steps.
-        last = run.step == settings.max_steps
-        logging = last or run.step % settings.log_every == 0
-        saving = last or run.step % settings.save_every == 0
-        sampling = last or run.step % settings.sample_every == 0
-        evaluating = evaluation and (last or run.step % settings.eval_every == 0)
+        last = training.step == settings.max_steps
+        saving = last or training.step % settings.save_every == 0
+        sampling = last or training.step % settings.sample_every == 0
+        evaluating = evaluation and (last or training.step % settings.eval_every == 0)
+        logging = last or evaluating or training.step % settings.log_every == 0
         if logging or saving:
-            run.log.gather()
-            end_if_bad(bad, run)
+            training.log.gather()
+            end_if_bad(bad, training)
         if logging:
-            means, now = run.log.take_means(), time.time()
-            rate = (run.step - clock_step) * settings.batch_size / (now - clock)
+            means, now = training.log.take_means(), time.time()
+            rate = (training.step - clock_step) * settings.batch_size / (now - clock)
             if RANK == 0:
-                write_line(run, means, rate, now - begun, caught)
+                write_line(training, means, rate, now - begun, caught)
         if evaluating:
-            evaluate(run, evaluation)
+            evaluate(training, evaluation, caught)
         if saving and (last or bad == 0):       # while steps are skipped, weights may be spoilt
-            save_together(run)
+            save_together(training)
         if sampling and RANK == 0:
-            write_samples(run)
+            write_samples(training)
         if logging or saving or sampling or evaluating:
             barrier()                           # by gloo, for NCCL waits ten minutes only
-            clock, clock_step = time.time(), run.step
+            clock, clock_step = time.time(), training.step
 
     reader.shutdown(cancel_futures=True)
-    if run.step < settings.max_steps:
-        save_together(run)
+    if training.step < settings.max_steps:
+        save_together(training)
         if problem:
             raise problem
 
 
-def end_if_bad(bad, run):
+def end_if_bad(bad, training):
     """End a run whose gradients are not finite any more."""
     if bad < BAD_STEPS:
         return
     def fail():
-        raise UserError(f"no finite gradient for {BAD_STEPS} steps, to step {run.step}: run the "
-                        f"command again with --resume --lr {run.settings.lr / 3:.1g}")
+        raise UserError(f"no finite gradient for {BAD_STEPS} steps, to step {training.step}: run the "
+                        f"command again with --resume --lr {training.settings.lr / 3:.1g}")
     from_first(fail)
 
 
@@ -1111,20 +1115,20 @@ def say(text, caught):
 
 # --------------------------------------------------------------------------------- the bench
 
-def bench(run, model):
+def bench(training, model):
     """Print the rate of steps on random latents, and how near it comes to a matrix product's."""
-    settings, config, device = run.settings, run.config, run.device
-    noise, angle, share, dropped = draw(0, run.rows, settings, config, device)
+    settings, config, device = training.settings, training.config, training.device
+    noise, angle, share, dropped = draw(0, training.rows, settings, config, device)
     batch = noise.flip(1), dropped.long(), noise, angle, share      # flipped noise as latents
 
     def step():
         if settings.distill:
-            return distill_step(run.nets, run.ema, run.optimizers, settings.imitate_steps + 1,
-                                run.rows, settings, run.dtype, run.group)[2]
-        return train_step(model, run.optimizers, 0, batch, settings, run.dtype)[1]
+            return distill_step(training.nets, training.ema, training.optimizers, settings.imitate_steps + 1,
+                                training.rows, settings, training.dtype, training.group)[2]
+        return train_step(model, training.optimizers, 0, batch, settings, training.dtype)[1]
 
     images = settings.batch_size / seconds(step, 20)
-    peak = matrix_product_rate(device, run.dtype)
+    peak = matrix_product_rate(device, training.dtype)
     if RANK > 0:
         return
     # In forward passes: training takes three, and a consistency target one more; matching
@@ -1152,101 +1156,118 @@ def matrix_product_rate(device, dtype):
 
 # -------------------------------------------------------------------------------- the script
 
-def open_data(settings, codec, codec_name, args, device, key=""):
-    """CachedLatents, or LiveLatents with --live; with its classes and the key of its latents."""
-    if not args.live:
-        cache = open_cache(settings.dataset, codec_name, codec, settings.flip, key, args.data_dir,
-                           device, args.dtype, args.workers, args.skip_bad)
-        return CachedLatents(cache, device, load_latents(cache, device)), cache.classes, cache.key
-    dataset = from_first(lambda: find_dataset(settings.dataset, args.data_dir))
+def open_data(settings, codec, live, key, data_dir, device, dtype, workers, skip_bad):
+    """CachedLatents or, if live, LiveLatents; the classes; and the key of the latents.
+
+    key: that of a resumed run, which takes no other latents; or "".
+    """
+    if not live:
+        cache = open_cache(settings.dataset, settings.codec, codec, settings.flip, key, data_dir,
+                           device, dtype, workers, skip_bad)
+        data = CachedLatents(cache, device, load_latents(cache, device))
+        return data, cache.classes, cache.key
+
+    dataset = from_first(lambda: find_dataset(settings.dataset, data_dir))
     new_key = cache_key(fingerprint(codec), dataset.digest, settings.flip)
     if key not in ("", new_key):
         raise UserError(f"{dataset.name}: has changed since this run began; use a new --out_dir")
     labels = np.tile(dataset.labels, 2) if settings.flip else dataset.labels
-    pool = ThreadPoolExecutor(args.workers)
-    data = LiveLatents(dataset, labels, codec, device, args.dtype, pool)
+    pool = ThreadPoolExecutor(workers)
+    data = LiveLatents(dataset, labels, codec, device, dtype, pool)
     return data, dataset.classes, new_key
+
+
+def prepare_folder(training, resumed):
+    """Make room in the run's folder, which holds what an earlier run has written."""
+    out_dir = training.path.parent
+    for leftover in out_dir.glob("ckpt.pt.*.tmp"):          # of a save that was killed
+        leftover.unlink()
+    if not resumed:
+        set_aside(out_dir)
+
+
+def describe(training, data, known):
+    """Print what is about to be trained. known: how many classes a checkpoint knew, or None."""
+    config, classes = training.config, len(training.classes)
+    images = "no images needed" if data is None else f"{(data.labels >= 0).sum():,} images"
+    familiar = "" if known is None else f" ({known} known to the checkpoint it starts from)"
+    print(f"{images}, {classes} classes{familiar}, latents {config.tokens}x{config.channels}, "
+          f"{WORLD} x {training.device.type}, from step {training.step:,}")
+    pairs = [f"{name}={value!r}" for name, value in vars(training.settings).items()]
+    print(textwrap.fill(" ".join(pairs), 88, subsequent_indent="  "), flush=True)
+    if classes > SHOWN:
+        print(f"grids of samples show the first {SHOWN} classes")
 
 
 def main():
     args, flags = parse_args()
-    device = join(args.device, args.weights_dir)
     if args.live and args.skip_bad:
         raise UserError("--live: encodes images as they are read; use --skip_bad without it")
+    device = join(args.device, args.weights_dir)
     plan = from_first(lambda: plan_run(flags, args.out_dir, args.resume, args.data_dir))
     settings, path, source, resumed = plan
-    group = None
-    if WORLD > 1 and device.type == "cuda":
-        # A node that compiles without a cache may keep the others waiting for long.
-        group = dist.new_group(backend="nccl", timeout=timedelta(hours=2))
     start = load_checkpoint(source) if source else None
     if resumed and start["step"] >= settings.max_steps:
         if RANK == 0:
             print(f"{path}: is complete, with {start['step']:,} steps; a larger --max_steps "
                   "goes on")
         return
+    group = None
+    if WORLD > 1 and device.type == "cuda":
+        # A node that compiles without a cache may keep the others waiting for long.
+        group = dist.new_group(backend="nccl", timeout=timedelta(hours=2))
 
     if args.bench:
         classes = start["classes"] if start else [""] * 1000
-        run = make_run(settings, path, device, args.dtype, group, None, classes, "", start)
-        if choose_compile(args.compile, settings, device):
-            compile_run(run)
-        bench(run, wrap_for_processes(run))
+        training = make_training(settings, path, device, args.dtype, group, None, classes, "",
+                                 start)
+        compile_networks(training, args.compile)
+        bench(training, wrap_for_processes(training))
         return
 
     # The codec and the data, encoded first if need be.
-    decoder = RANK == 0 or settings.eval_every > 0
+    decoder = RANK == 0 or settings.eval_every > 0          # others have nothing to decode
     if start:
         codec = load_codec_of(start, device, decoder)
     else:
         codec = prepare_codec(settings.codec, settings.dataset, args.data_dir, device,
-                              args.workers, args.fit_steps, False, args.skip_bad, decoder)
+                              args.workers, args.fit_steps, skip_bad=args.skip_bad,
+                              decoder=decoder)
     if settings.distill:
-        data, classes, key = None, start["classes"], ""         # it needs noise only
+        data, classes, key = None, start["classes"], ""     # distillation needs noise only
     else:
         key = start["cache_key"] if resumed else ""
-        data, classes, key = open_data(settings, codec, settings.codec, args, device, key)
+        data, classes, key = open_data(settings, codec, args.live, key, args.data_dir, device,
+                                       args.dtype, args.workers, args.skip_bad)
     if len(classes) == 1 and not resumed and "cfg_scale" not in flags:
-        settings = replace(settings, cfg_scale=1.0)             # guidance takes two
+        settings = replace(settings, cfg_scale=1.0)         # guidance takes two classes
 
-    # The networks, as they were or from the beginning.
-    run = make_run(settings, path, device, args.dtype, group, codec, classes, key,
-                   None if resumed else start)
-    if resumed:
-        restore(run, start)
-    known = ""
+    # The networks, from the beginning or as they were.
+    known = None
     if start and not resumed:
-        shared = set(classes) & set(start["classes"])
-        known = f" ({len(shared)} known to {source})"
+        known = len(set(classes) & set(start["classes"]))
+    training = make_training(settings, path, device, args.dtype, group, codec, classes, key,
+                             None if resumed else start)
+    if resumed:
+        restore(training, start)
     start = None                # closes the file
-    if choose_compile(args.compile, settings, device):
-        compile_run(run)
+    compile_networks(training, args.compile)
     evaluation = None
     if settings.eval_every:
-        evaluation = prepare_evaluation(run, args.data_dir, args.workers)
+        evaluation = prepare_evaluation(training, args.data_dir, args.workers)
 
-    # What can fail has come before anything is written.
-    def prepare_folder():
-        for leftover in path.parent.glob("ckpt.pt.*.tmp"):      # of a save that was killed
-            leftover.unlink()
-        if not resumed:
-            set_aside(path.parent)
-        count = "no images needed" if data is None else f"{(data.labels >= 0).sum():,} images"
-        print(f"{count}, {len(classes)} classes{known}, latents {run.config.tokens}x"
-              f"{run.config.channels}, {WORLD} x {device.type}, from step {run.step:,}")
-        print_settings(settings)
-        if len(classes) > SHOWN:
-            print(f"grids of samples show the first {SHOWN} classes")
-    from_first(prepare_folder)
-
+    # All that can fail has come before anything is written.
+    from_first(lambda: prepare_folder(training, resumed))
+    if RANK == 0:
+        describe(training, data, known)
     caught = catch_signals()
-    train(run, wrap_for_processes(run), data, evaluation, caught)
-    if RANK == 0 and run.step < settings.max_steps:
-        print(f"stopped at step {run.step:,}, saved in {path}; run the same command with --resume "
-              "to go on")
+    train(training, wrap_for_processes(training), data, evaluation, caught)
+    if RANK == 0 and training.step < settings.max_steps:
+        print(f"stopped at step {training.step:,}, saved in {path}; run the same command with "
+              "--resume to go on")
     elif RANK == 0:
-        print(f"done: {path}, grids in {path.parent / 'samples'}")
         script = shlex.quote(str(Path(sys.argv[0]).with_name("sample.py")))
+        print(f"done: {path}, grids in {path.parent / 'samples'}")
         print(f"next: python {script} --ckpt {shlex.quote(str(path.parent))}")
 
 
