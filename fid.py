@@ -20,10 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from encode import (
-    CODECS, RAES, RANK, WORLD, Dataset, UserError, check_writable, default_codec,
-    expanded, file_hash, find_codec_file, find_dataset, find_images, fingerprint, join,
-    load_codec, make_parser, reading, run, sum_over_processes, to_float,
-    write_file)
+    CODECS, RAES, RANK, WORLD_SIZE, Dataset, UserError, check_writable, default_codec,
+    file_hash, find_codec_file, find_dataset, find_images, fingerprint, join_processes,
+    load_codec, make_parser, on_failure, run, sum_over_processes, to_float, user_path, write_file)
 from sample import find_checkpoint
 
 # The metrics, and what each is left out without.
@@ -34,14 +33,14 @@ NEEDS = {
     "precision": "at least 4 images on both sides",
     "recall": "at least 4 images on both sides",
     "agreement": "labels of the samples (arr_1, one integer each), and a reference with the "
-                 "same classes, 50 images each",
+                 "same classes and 50 images or more per class",
 }
 METRICS = tuple(NEEDS)
 DEFAULT_METRICS = METRICS[:5]
 
-KEPT_SAMPLES, KEPT_REFERENCES = 50_000, 10_000  # compared for precision and recall, as by ADM
+KEPT_SAMPLES, KEPT_REFERENCES = 50_000, 10_000  # images for precision and recall, as in ADM
 SPLIT = 5000                                    # images in a split of the Inception Score
-BATCH = 64                                      # images that go through the network together
+BATCH = 64                                      # images per forward pass
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -64,7 +63,11 @@ def full_float32(device):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm with fixed statistics, ReLU; the norm is folded in on loading."""
+    """Convolution, batch norm with fixed statistics, ReLU.
+
+    The norm is folded into the convolution when weights are loaded, which saves a third of
+    the time.
+    """
 
     def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
         super().__init__()
@@ -91,12 +94,12 @@ class ConvNorm(nn.Module):
         return F.relu_(x)
 
 
-def average(x):
-    """3x3 average pooling that does not count the border, as TensorFlow has it."""
+def average_pool(x):
+    """3x3 average pooling that does not count the padding, as in TensorFlow."""
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-# Blocks of the same kind; the names of their layers are the published ones.
+# The blocks; the names of their layers are the published ones.
 
 class Mixed5(nn.Module):
     """35 x 35 pixels, c_in -> 224 + pool channels."""
@@ -114,7 +117,7 @@ class Mixed5(nn.Module):
     def forward(self, x):
         five = self.branch5x5_2(self.branch5x5_1(x))
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        pool = self.branch_pool(average(x))
+        pool = self.branch_pool(average_pool(x))
         return torch.cat([self.branch1x1(x), five, double, pool], 1)
 
 
@@ -153,7 +156,7 @@ class Mixed6(nn.Module):
         seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        pool = self.branch_pool(average(x))
+        pool = self.branch_pool(average_pool(x))
         return torch.cat([self.branch1x1(x), seven, double, pool], 1)
 
 
@@ -235,7 +238,7 @@ class InceptionV3(nn.Module):
         self.Mixed_6d = Mixed6(160)
         self.Mixed_6e = Mixed6(192)
         self.Mixed_7a = Mixed7a()
-        self.Mixed_7b = Mixed7(1280, pool=average)
+        self.Mixed_7b = Mixed7(1280, pool=average_pool)
         self.Mixed_7c = Mixed7(2048, pool=nn.MaxPool2d(3, 1, 1))
         self.fc = nn.Linear(2048, 1008)
         if weights is not None:
@@ -344,24 +347,24 @@ def shuffled(count):
     return np.random.RandomState(2020).permutation(count)
 
 
-# -------------------------------------------------------------- a classifier of one's own
+# -------------------------------------------------------------------------- a classifier
 
 class Classifier(nn.Sequential):
     """A small convolutional network from (B, 3, 32, 32) in [0, 1] to logits (B, classes)."""
 
-    def __init__(self, classes):
+    def __init__(self, num_classes):
         layers = []
         for c_in, c_out in ((3, 32), (32, 64), (64, 96), (96, 128)):        # 32 to 2 pixels
             layers += [nn.Conv2d(c_in, c_out, 3, 2, 1), nn.BatchNorm2d(c_out), nn.ReLU()]
         super().__init__(*layers, nn.Flatten(), nn.Linear(512, 128), nn.ReLU(),
-                         nn.Linear(128, classes))
+                         nn.Linear(128, num_classes))
 
 
-def train_classifier(images, labels, classes, epochs=10):
-    """A Classifier of images (N, 32, 32, 3) uint8 with labels (N,) int64."""
-    net = Classifier(classes)
-    rows = torch.cat([torch.randperm(len(images)) for _ in range(epochs)])
-    batches = rows.split(128)
+def train_classifier(images, labels, num_classes, epochs=10):
+    """A Classifier trained on images (N, 32, 32, 3) uint8 with labels (N,) int64."""
+    net = Classifier(num_classes)
+    order = torch.cat([torch.randperm(len(images)) for _ in range(epochs)])
+    batches = order.split(128)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=len(batches) + 1)
     for batch in tqdm(batches, desc="classifier", unit="step", leave=False):
@@ -373,90 +376,109 @@ def train_classifier(images, labels, classes, epochs=10):
     return net.eval()
 
 
-def agreement(dataset, samples, workers):
-    """The share of samples in which a classifier finds the class that was asked for.
+def agreement(reference, samples, workers):
+    """How often a classifier finds the class that a sample was asked to be of.
 
-    It learns from nine tenths of the dataset. Returns that share, and the classifier's share
-    on the held-out tenth.
+    The classifier learns from nine tenths of the reference. Returns its accuracy on the
+    samples, and on the held-out tenth.
     """
-    def load(some):
-        chosen = shuffled(len(some))[:KEPT_SAMPLES]
-        [images] = some.batches([chosen], 32, workers)
-        return torch.from_numpy(np.stack(images)), torch.from_numpy(some.labels[chosen]).long()
+    def load(dataset):
+        chosen = shuffled(len(dataset))[:KEPT_SAMPLES]
+        images = torch.from_numpy(dataset.load_all(chosen, 32, workers))
+        return images, torch.from_numpy(dataset.labels[chosen]).long()
 
-    images, labels = load(dataset)
+    images, labels = load(reference)
     torch.manual_seed(0)
-    held = torch.rand(len(images)) < 0.1
-    net = train_classifier(images[~held], labels[~held], len(dataset.classes))
-    shares = []
-    for x, y in (load(samples), (images[held], labels[held])):
+    held_out = torch.rand(len(images)) < 0.1
+    net = train_classifier(images[~held_out], labels[~held_out], len(reference.classes))
+    accuracies = []
+    for x, y in (load(samples), (images[held_out], labels[held_out])):
         with torch.no_grad():
-            found = torch.cat([net(to_float(part)).argmax(1) for part in x.split(500)])
-        shares.append((found == y).double().mean().item())
-    return shares
+            predicted = torch.cat([net(to_float(part)).argmax(1) for part in x.split(500)])
+        accuracies.append((predicted == y).double().mean().item())
+    return accuracies
 
 
 # ------------------------------------------------------------------ networks of features
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network whose features are compared."""
+    """A network whose features are compared: images (B, 3, S, S) uint8 -> dict of features."""
 
     name: str               # what identifies it, in files of statistics, too
     net: nn.Module
-    width: int              # F, of the features that the distance is of
-    size: int               # pixels a side that images are cropped to; 0: as the samples are
+    width: int              # F, the number of features "pool3"
+    size: int               # pixels per side that images are cropped to; 0: as samples are
     device: torch.device
 
     def extract(self, images):
-        """(B, S, S, 3) uint8 -> dict of features on the device, pool3 (B, width) among them."""
-        if isinstance(self.net, InceptionV3):
-            return self.net(torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2))
+        """(B, S, S, 3) uint8 -> dict of features on the device, with pool3 (B, F)."""
         with torch.no_grad():
-            return dict(pool3=self.net.encode(to_float(images, self.device)).mean(1))
+            return self.net(torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2))
+
+
+class PooledLatents(nn.Module):
+    """The mean over tokens of a codec's latents: features without a download."""
+
+    def __init__(self, codec):
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, images):
+        return dict(pool3=self.codec.encode(images / 255).mean(1))
 
 
 def inception_extractor(device):
     """TensorFlow's Inception. Raises UserError if its weights are missing."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
-    with reading(f"{path}: missing or damaged", "compare offline with --features codec, or get "
-                 f"Inception's weights (96 MB, sha256 {WEIGHTS_SHA256}): "
-                 f"curl -L --create-dirs -o {path} {WEIGHTS_URL}"):
+    with on_failure(f"{path}: missing or damaged", "compare offline with --features codec, or "
+                    f"get Inception's weights (96 MB, sha256 {WEIGHTS_SHA256}): "
+                    f"curl -L --create-dirs -o {path} {WEIGHTS_URL}"):
         if file_hash(path, "sha256") != WEIGHTS_SHA256:
-            raise ValueError("another sha256")
+            raise ValueError("sha256 mismatch")
         net = InceptionV3(path).to(device)
     return Extractor("inception", net, 2048, 0, device)
 
 
-def codec_extractor(name, codec, device):
-    """The mean over tokens of a codec's latents: features for small images, without downloads."""
-    identity = f"codec {name} {fingerprint(codec)[:8]}"
-    return Extractor(identity, codec, codec.latent_shape[1], codec.image_size, device)
+def codec_extractor(codec, device):
+    """A codec's pooled latents."""
+    identity = f"codec {codec.name} {fingerprint(codec)[:8]}"
+    return Extractor(identity, PooledLatents(codec), codec.latent_shape[1], codec.image_size,
+                     device)
 
 
-def find_codec(typed, where, data_dir, device):
-    """The codec that --codec names, by name or file: (name, codec).
+def find_codec(typed, reference, data_dir, device):
+    """The codec that --codec names, or by default that of the reference.
 
-    By default it is that of the reference, or for npz files that of shapes.
+    typed: a name, a checkpoint, a file of a small codec, or None. Where the reference is a
+    file, the default is the codec for shapes.
     """
-    is_file = Path(where).is_file()
     if typed and typed not in CODECS:
         path = find_checkpoint(typed)
-        with reading(f"{path}: is no codec and no checkpoint", f"use one of {', '.join(CODECS)}"):
+        remedy = f"name a file, or one of {', '.join(CODECS)}"
+        with on_failure(f"{path}: is no codec and no checkpoint", remedy):
             contents = torch.load(path, map_location="cpu", weights_only=True)
             saved = contents["codec"] if "codec" in contents else contents
             if "name" not in saved or "weights" not in saved:
                 raise ValueError("holds no name and weights")
-        return saved["name"], load_codec(saved["name"], saved["weights"], device, decoder=False)
+        return load_codec(saved["name"], saved["weights"], device, decoder=False)
 
-    name = typed or ("small" if is_file else default_codec(where))
+    spec = "shapes" if Path(reference).is_file() else reference
+    name = typed or default_codec(spec)
     if name in RAES:
-        return name, load_codec(name, None, device, decoder=False)
-    path = find_codec_file(name, "shapes" if is_file else where, data_dir)
+        return load_codec(name, None, device, decoder=False)
+    path = find_codec_file(name, spec, data_dir)
     if path is None:
-        raise UserError(f"{where}: no codec {name} is fitted to it; name the one to compare by: "
-                        "--codec and a checkpoint or a file data/*/small-*.pt")
-    return name, load_codec(name, path, device, decoder=False)
+        raise UserError(f"{reference}: no codec {name} is fitted to it; name the one to compare "
+                        "by: --codec with a checkpoint, or with a file data/*/small-*.pt")
+    return load_codec(name, path, device, decoder=False)
+
+
+def choose_extractor(features, codec, reference, data_dir, device):
+    """The network that --features and --codec name."""
+    if features == "inception":
+        return inception_extractor(device)
+    return codec_extractor(find_codec(codec, reference, data_dir, device), device)
 
 
 # -------------------------------------------------------------------------- sets of images
@@ -479,7 +501,7 @@ def open_set(where, data_dir="data"):
     if not file.exists():
         return ImageSet(where, find_dataset(where, data_dir), {})
     images = find_images(path)
-    with reading(f"{file}: does not fit the images", "move it away, or sample again"):
+    with on_failure(f"{file}: does not fit the images", "move it away, or sample again"):
         images.labels[:] = np.loadtxt(file, int).reshape(len(images))
     return ImageSet(where, images, {})
 
@@ -489,7 +511,7 @@ STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "pool3", "count", "network", "si
 
 def open_arrays(path):
     """An npz with arr_0, or with mu and sigma; or an npy of images: an ImageSet."""
-    with reading(f"{path}: unusable", "write it with sample.py --out, or download it again"):
+    with on_failure(f"{path}: unusable", "write it with sample.py --out, or download it again"):
         if path.suffix.lower() == ".npy":
             return ImageSet(str(path), as_dataset(path, np.load(path, mmap_mode="r"), None), {})
         with np.load(path) as archive:
@@ -517,7 +539,7 @@ def check_moments(statistics):
 
 
 def as_dataset(path, images, labels):
-    """Arrays of a file as a Dataset. Labels that are not one integer an image do not count."""
+    """Arrays of a file as a Dataset; labels that are not one integer per image are ignored."""
     if images.ndim != 4 or images.shape[2:] != (images.shape[1], 3):
         raise ValueError(f"the images must be square, (N, S, S, 3), not {images.shape}")
     if images.dtype != np.uint8:
@@ -546,8 +568,8 @@ def map_images(path):
 
 def image_batches(dataset, size, workers):
     """This process's share of a dataset: yields (B, size, size, 3) uint8, by ADM's crop."""
-    rows = np.split(np.arange(len(dataset)), range(BATCH, len(dataset), BATCH))
-    for images in dataset.batches(rows[RANK::WORLD], size, workers):
+    index_lists = np.split(np.arange(len(dataset)), range(BATCH, len(dataset), BATCH))
+    for images in dataset.batches(index_lists[RANK::WORLD_SIZE], size, workers):
         yield np.stack(images)
 
 
@@ -557,12 +579,12 @@ def sample_size(samples):
         return samples.images.source.shape[1]
     first = None
     for path in samples.images.source:
-        with reading(f"{path}: cannot be read", "delete it"), Image.open(path) as image:
+        with on_failure(f"{path}: cannot be read", "delete it"), Image.open(path) as image:
             size = image.size
         if size[0] != size[1]:
             raise UserError(f"{path}: is {size[0]} x {size[1]} pixels; samples must be square")
         if first not in (None, size):
-            raise UserError(f"{path}: is {size[0]} pixels a side and others are {first[0]}; "
+            raise UserError(f"{path}: is {size[0]} pixels per side and others are {first[0]}; "
                             "samples must be of one size")
         first = size
     return first[0]
@@ -571,10 +593,10 @@ def sample_size(samples):
 # ------------------------------------------------------------------------- measurements
 
 def measure(batches, count, extractor, metrics, kept=KEPT_SAMPLES, name="samples"):
-    """What the metrics compare, of `count` images in batches (B, S, S, 3) uint8.
+    """Measure what the metrics compare, over `count` images in batches (B, S, S, 3) uint8.
 
-    Returns a dict: mu, sigma and for Inception mu_s, sigma_s; if asked for, logits (N, C)
-    and pool3 (kept, F).
+    Returns a dict: mu, sigma and for Inception mu_s, sigma_s; if a metric needs them, logits
+    (N, C) and pool3 (kept, F).
     """
     is_kept = torch.from_numpy(np.isin(np.arange(count), shuffled(count)[:kept]))
     keeps_pool3 = "precision" in metrics or "recall" in metrics
@@ -604,11 +626,11 @@ def measure(batches, count, extractor, metrics, kept=KEPT_SAMPLES, name="samples
 
 
 def moments_of(batches, extractor):
-    """mu and sigma of batches of images (B, S, S, 3) uint8, those of all processes together."""
+    """mu and sigma over the batches of images (B, S, S, 3) uint8 of all processes together."""
     total = None
     for images in batches:
         total = add_moments(total, extractor.extract(images)["pool3"])
-    if total is None:                           # this process had none
+    if total is None:                           # this process had no images
         total = torch.zeros(extractor.width + 1, extractor.width + 1, dtype=torch.float64)
     return mean_and_covariance(sum_over_processes(total))
 
@@ -636,11 +658,11 @@ def check_statistics(reference, extractor, size):
 
 
 def measure_reference(reference, extractor, size, metrics, workers):
-    """What the metrics need of a reference, measured where its file does not hold it."""
+    """Measure what the metrics need of a reference, except for what its file holds."""
     metrics = set(metrics) - {"is", "agreement"}
     if "mu" in reference.statistics:
         check_statistics(reference, extractor, size)
-        metrics &= {"precision", "recall"}      # an ADM file's images are for these two alone
+        metrics &= {"precision", "recall"}      # all that the images in ADM's files are for
     count = len(reference.images)
     if count == 0 or not metrics:
         return reference.statistics
@@ -650,7 +672,7 @@ def measure_reference(reference, extractor, size, metrics, workers):
 
 
 def compare(samples, reference, metrics, device):
-    """The metrics of two measured sets, as far as they hold what is needed: name -> float."""
+    """The metrics of two measured sets, name -> float, without those whose inputs are missing."""
     values = {}
     for name, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
         if name in metrics and mu in samples and mu in reference:
@@ -670,18 +692,18 @@ def compare(samples, reference, metrics, device):
 def parse_args():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("samples", type=expanded,
+    add("samples", type=user_path,
         help="an npz with arr_0 (N, S, S, 3) uint8, or a folder of square images")
-    add("--ref", type=expanded,
+    add("--ref", type=user_path,
         help="statistics (of ADM, pytorch-fid or --save_stats), images, or a dataset")
     add("--metrics", nargs="+", default=DEFAULT_METRICS, choices=METRICS,
         help=f"default: {' '.join(DEFAULT_METRICS)}")
     add("--json", action="store_true", help="print a last line of JSON, too")
-    add("--save_stats", metavar="FILE", type=expanded,
+    add("--save_stats", metavar="FILE", type=user_path,
         help="write the reference's statistics to this npz")
     add("--features", default="inception", choices=["inception", "codec"],
         help="the network that compares; default: inception")
-    add("--codec", type=expanded, metavar="CODEC",
+    add("--codec", type=user_path, metavar="CODEC",
         help="for --features codec: a name, a checkpoint, or a codec's file; default: the "
              "reference's")
     return parser.parse_args()
@@ -689,16 +711,16 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device = join(args.device, args.weights_dir)
-    if WORLD > 1:
+    device = join_processes(args.device, args.weights_dir)
+    if WORLD_SIZE > 1:
         raise UserError("fid.py runs in one process; start it with python")
     if args.ref is None and list(args.metrics) != ["is"]:
         raise UserError("--ref: only the Inception Score (--metrics is) does without")
     samples = open_set(args.samples, args.data_dir)
     reference = open_set(args.ref, args.data_dir) if args.ref else samples
-    for some in (samples, reference):
-        if len(some.images) < 2 and "mu" not in some.statistics:
-            raise UserError(f"{some.where}: holds fewer than 2 images")
+    for image_set in (samples, reference):
+        if len(image_set.images) < 2 and "mu" not in image_set.statistics:
+            raise UserError(f"{image_set.where}: holds fewer than 2 images")
     if len(samples.images) < 2:
         raise UserError(f"{samples.where}: holds statistics, not images")
     side = sample_size(samples)
@@ -709,11 +731,8 @@ def main():
     values, measured, network = {}, {}, ""
     compared = [name for name in args.metrics if name != "agreement"]
     if compared or args.save_stats:
-        if args.features == "inception":
-            extractor = inception_extractor(device)
-        else:
-            name, codec = find_codec(args.codec, args.ref or args.samples, args.data_dir, device)
-            extractor = codec_extractor(name, codec, device)
+        extractor = choose_extractor(args.features, args.codec, args.ref or args.samples,
+                                     args.data_dir, device)
         network = extractor.name
         size = extractor.size or side
         wanted = METRICS if args.save_stats else args.metrics
@@ -750,14 +769,16 @@ def report(args, values, network, num_samples, num_references):
         if name == "fid" and network != "inception":
             name = f"Frechet distance of {network}"
         shown = round(value, 5) + 0.0           # not -0.00000
-        print(f"{name:15} {shown:12.5f}  ({num_samples} samples, {args.ref})")
+        compared = f", {args.ref}" if args.ref else ""
+        print(f"{name:15} {shown:12.5f}  ({num_samples} samples{compared})")
     for name, need in left_out.items():
         print(f"{name:15} left out: needs {need}")
     if args.json:
         counts = dict(num_samples=num_samples, num_references=num_references, network=network)
         print(json.dumps({**vars(args), **counts, "left_out": left_out, **values}))
     if not values:
-        raise UserError(f"{args.ref}: nothing to compute without {'; '.join(left_out.values())}")
+        raise UserError(f"{args.samples}: nothing to compute without "
+                        f"{'; '.join(left_out.values())}")
 
 
 if __name__ == "__main__":

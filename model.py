@@ -1,20 +1,21 @@
-"""The idea: noise and images are points of one hypersphere; a transformer learns to walk
-back from one to the other.
+"""The idea: image latents and noise lie on the same hypersphere; a transformer learns to
+jump from a noisy point back to the image.
 
 A frozen autoencoder (encode.py) turns an image into a latent z: T tokens of C channels,
 d = T * C numbers. Scaled to rms 1, z lies on the sphere of radius sqrt(d), and so does
 Gaussian noise e. Both are equally long and, d being large, nearly orthogonal, so adding
 noise is a rotation of z towards e. With f(z) = z / rms(z), the denoiser D sees the rotated
-point v and the class y, never the angle a, and predicts z:
+point v and the class y, but not the angle a, and predicts z:
 
-    v = f(cos(a) z + sin(a) e)              `rotate`, by an angle from `noise_angle`
+    v = f(cos(a) f(z) + sin(a) f(e))        `rotate`, by an angle from `noise_angle`
     L = |D(v, y) - z|^2                     `losses`: reconstruction of the latent,
-      + w |D(v, y) - sg D(v', y)|^2         and consistency with a point v' nearer to z
+      + w |D(v, y) - sg D(v', y)|^2         and consistency with a point v' closer to z
 
-Sampling starts from pure noise and takes a few steps, each from a point less noisy than the
-one before (`generate`); the image is decoded once, at the end:
+Here |x|^2 is the mean over all d numbers and sg is stop-gradient. Sampling starts from pure
+noise and takes a few steps, each from a point less noisy than the one before (`generate`);
+the image is decoded once, at the end:
 
-    x = D(e, y);   v = f(cos(a_1) x + sin(a_1) e');   x = D(v, y);   v = ...
+    x = D(f(e), y);   v = rotate(x, e', a_1);   x = D(v, y);   v = rotate(x, e'', a_2);   ...
 
 Source: "Efficient Image Synthesis with Sphere Latent Encoder", arXiv 2605.15592; the
 geometry is that of Sphere Encoder, arXiv 2602.15030. In comments on shapes: B batch,
@@ -44,11 +45,12 @@ def to_sphere(z):
 def rotate(z, noise, angle, sphere=True):
     """Add noise to latents: v = f(cos(a) f(z) + sin(a) f(e)).
 
-    If e is independent of z, v is z turned towards e by the angle a, to within
-    1 / sqrt(d). If z was predicted from e, the two share a part, and v keeps it.
+    If e is independent of z, this turns z towards e by the angle a, up to 1 / sqrt(d).
+    If z was predicted from e (one noise for all sampling steps), the two are correlated,
+    and v must keep what they share: photographs come out wrong otherwise.
 
     z, noise: (B, T, C). angle: (B,) or a number, in radians. sphere=False, the paper's
-    ablation, gives z + tan(a) e instead. Returns (B, T, C) float32.
+    ablation, returns z + tan(a) e instead. Returns (B, T, C) float32.
     Source: arXiv 2602.15030; paper, "projected noisy latents".
     """
     angle = torch.as_tensor(angle, dtype=torch.float32, device=z.device).view(-1, 1, 1)
@@ -71,10 +73,10 @@ def noise_angle(u, max_angle, mean=0.0, std=1.0):
 
 
 def largest_angle(tokens, channels):
-    """The largest noise angle of training, in degrees: signal-to-noise ratio 4.8.
+    """The default for the largest noise angle of training, in degrees.
 
-    At the angle a, the ratio is sqrt(T * C) / tan(a). No single angle suits latents of
-    all sizes, but one ratio does (assets/results.md).
+    At angle a the signal-to-noise ratio is sqrt(T * C) / tan(a), and here it is 4.8. No
+    single angle suits latents of all sizes, but this ratio does (assets/results.md).
     """
     return math.degrees(math.atan(math.sqrt(tokens * channels) / 4.8))
 
@@ -127,7 +129,10 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The MLP: (silu(x W1) * (x W2)) W3, 8/3 D wide, which costs what 2 layers of 4 D do."""
+    """The MLP: (silu(x W1) * (x W2)) W3.
+
+    Its hidden width is 8/3 D, so that three matrices cost as much as the usual two of 4 D.
+    """
 
     def __init__(self, width):
         super().__init__()
@@ -141,7 +146,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block; the class alone sets its shifts, scales and gates (adaLN-zero)."""
+    """A transformer block whose shifts, scales and gates are set by the class (adaLN-zero)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -161,8 +166,8 @@ class Block(nn.Module):
 class Denoiser(nn.Module):
     """A SiT-style transformer from a noisy latent and its class to the clean latent.
 
-    It is not told the noise angle: the released XL/1 weights (401 tensors) have no room
-    for it. Source: paper; SiT, arXiv 2401.08740, for the block.
+    It is not told the noise angle: the released XL/1 weights (401 tensors) hold no
+    embedding of it. Source: paper; SiT, arXiv 2401.08740, for the block.
     """
 
     def __init__(self, config):
@@ -171,7 +176,7 @@ class Denoiser(nn.Module):
         width = config.width
         self.embed = nn.Linear(config.channels, width)
         self.register_buffer("position", sincos_2d(config.tokens, width))
-        self.classes = nn.Embedding(config.num_classes + 1, width)      # last row: no class
+        self.class_table = nn.Embedding(config.num_classes + 1, width)  # last row: no class
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.adaln = nn.Linear(width, 2 * width)
@@ -185,8 +190,8 @@ class Denoiser(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-        # Std 1, not DiT's 0.02: the class matters from the first step.
-        nn.init.normal_(self.classes.weight)
+        # Std 1, not DiT's 0.02, so that the class gets large gradients from the start.
+        nn.init.normal_(self.class_table.weight)
 
         # adaLN-zero: every block begins as the identity, and the output as 0.
         for block in self.blocks:
@@ -200,7 +205,11 @@ class Denoiser(nn.Module):
         z: (B, T, C) noisy latents from `rotate`. labels: (B,) int64, num_classes for "no
         class". Returns (B, T, C).
         """
-        y = F.silu(self.classes(labels)).unsqueeze(1)           # (B, 1, D)
+        return self.transform(z, self.class_table(labels))
+
+    def transform(self, z, condition):
+        """Predict from z (B, T, C) and what is known of it, (B, D): here only the class."""
+        y = F.silu(condition).unsqueeze(1)                      # (B, 1, D)
         x = self.embed(z) + self.position                       # (B, T, D)
         for block in self.blocks:
             x = block(x, y)
@@ -236,17 +245,21 @@ def squared_error(a, b):
     return (a.float() - b.float()).pow(2).mean((1, 2))
 
 
-def losses(model, z, labels, noise, angle, share=None, consistency_weight=0.0):
+def losses(model, z, labels, noise, angle, ratio=None, consistency_weight=0.0):
     """Reconstruction of the latent, and consistency with a less noisy point.
 
-    model: a Denoiser, or DDP around one. z, noise: (B, T, C) clean latents and Gaussian
-    noise. labels: (B,) int64. angle: (B,) radians, the noise of the point v that learns.
-    share: (B,) in [0, 1); the point v' has the same noise, less of it: tan(a') = share / 2
-    * tan(a). A consistency_weight of 0 saves the pass of v'. Returns a dict of (B,)
-    float32: "loss", the sum, and its terms "reconstruction" and "consistency".
+    model: a Denoiser, or DDP around one. z: (B, T, C) clean latents; the RAE's are not
+    quite on the sphere, and keep their length as targets. labels: (B,) int64. noise:
+    (B, T, C) Gaussian. angle: (B,) radians, of the noisy point v.
+
+    The point v' has the same noise, but less of it: tan(a') = ratio * tan(a), with ratio
+    (B,) in [0, 0.5). It is needed only if consistency_weight is not 0.
+
+    Returns a dict of (B,) float32: "loss", the weighted sum, and its terms
+    "reconstruction" and, if it has a weight, "consistency". train.py logs every entry.
     Source: paper, the two losses; arXiv 2602.15030 for v'.
     """
-    bare = getattr(model, "module", model)      # DDP is not for passes without gradients
+    bare = getattr(model, "module", model)      # DDP expects one forward pass per backward
     sphere = bare.config.sphere
 
     x = model(rotate(z, noise, angle, sphere), labels)
@@ -255,8 +268,8 @@ def losses(model, z, labels, noise, angle, share=None, consistency_weight=0.0):
         return dict(loss=reconstruction, reconstruction=reconstruction)
 
     with torch.no_grad():
-        weaker = torch.atan(share / 2 * angle.tan())
-        target = bare(rotate(z, noise, weaker, sphere), labels)
+        smaller = torch.atan(ratio * angle.tan())
+        target = bare(rotate(z, noise, smaller, sphere), labels)
     consistency = squared_error(x, target)
     loss = reconstruction + consistency_weight * consistency
     return dict(loss=loss, reconstruction=reconstruction, consistency=consistency)
@@ -265,18 +278,20 @@ def losses(model, z, labels, noise, angle, share=None, consistency_weight=0.0):
 # --------------------------------------------------------------------------- sampling
 
 def sampling_angles(steps, max_angle):
-    """The noise at the start of each step: tan(a_k) = (1 - k / n)^1.5 tan(max_angle).
+    """The noise angle before each step: tan(a_k) = (1 - k / n)^1.5 tan(max_angle).
 
-    max_angle: degrees. Returns n angles in radians, falling; none of them is 0.
+    max_angle: degrees. Returns n falling angles in radians. (The first step starts from
+    pure noise, which is 90 degrees from any image, so there a_0 makes no difference.)
     """
     limit = math.tan(math.radians(max_angle))
     return [math.atan((1 - k / steps) ** 1.5 * limit) for k in range(steps)]
 
 
 def guidance_scales(steps, cfg_scale, cfg_skip=0):
-    """The guidance of each step: 1 (none) for the first cfg_skip, but never the last two.
+    """The guidance of each step: 1 (none) in the first cfg_skip steps, then cfg_scale.
 
-    Guidance spoils most at the first step, where it pulls at a guess made from nothing.
+    At least the last two steps are guided, so fewer steps may skip less. Guidance hurts
+    most at the first step, whose prediction is only a rough guess.
     """
     skipped = max(0, min(cfg_skip, steps - 2))
     return [1.0] * skipped + [cfg_scale] * (steps - skipped)
@@ -297,15 +312,15 @@ def guided(model, v, labels, scale):
 
 @torch.no_grad()
 def generate(model, labels, noise, angles, scales, start=None):
-    """Draw latents: predict, turn part of the way back towards noise, predict again.
+    """Generate latents: predict, rotate part of the way back to noise, predict again.
 
-    labels: (B,) int64. noise: (steps, B, T, C) Gaussian, the same for all steps or new for
-    each. angles: one a step, radians (`sampling_angles`). scales: one a step
-    (`guidance_scales`). start: (B, T, C) latents to begin from instead of pure noise, for
-    editing (SDEdit, arXiv 2108.01073). Yields each step's prediction, (B, T, C) float32.
-    Source: paper, few-step sampling.
+    labels: (B,) int64. noise: (steps, B, T, C) Gaussian, either new for each step or the
+    same for all. angles: one per step, radians (`sampling_angles`). scales: guidance, one
+    per step (`guidance_scales`). start: (B, T, C) latents to edit, instead of starting
+    from pure noise (SDEdit, arXiv 2108.01073). Yields each step's prediction, (B, T, C)
+    float32. Source: paper, few-step sampling.
     """
-    # From x = 0, which says nothing, `rotate` makes pure noise, whatever the angle.
+    # Nothing is known at first: rotated from 0 by any angle, v is pure noise.
     x = torch.zeros_like(noise[0]) if start is None else start
     for e, angle, scale in zip(noise, angles, scales):
         v = rotate(x, e, angle, model.config.sphere)
@@ -316,11 +331,11 @@ def generate(model, labels, noise, angles, scales, start=None):
 # ----------------------------------------------------------------------- distillation
 
 class Distillation(nn.Module):
-    """A generator of one pass, and the two denoisers that judge its images.
+    """A one-step generator, and two denoisers that judge its images.
 
-    All three begin as the trained denoiser. `real`, frozen, knows the data; `fake` learns
-    what the generator draws. Where they disagree about a noisy image, `real` says what is
-    missing from it.
+    All three start as the trained denoiser. `real`, frozen, knows the data; `fake` learns
+    to denoise what the generator draws. Where the two disagree about a noisy image, `real`
+    points towards the data.
     """
 
     def __init__(self, denoiser):
@@ -333,27 +348,26 @@ class Distillation(nn.Module):
 def imitation(generator, noise, labels, target):
     """Learn to draw in one pass what the sampler draws in several: |G(f(e), y) - x|^2.
 
-    The sampler's image x must be a function of its noise e: one noise for all its steps.
-    It comes first because matching distributions from a denoiser, which answers pure noise
-    with the mean of the class, is far slower.
+    The sampler must use one noise for all its steps, so that its image x is a function of
+    that noise. Imitation precedes distribution matching because it is a far better start
+    than the denoiser, which answers pure noise with the mean of the class.
 
-    noise: (B, T, C) that the sampler started from; target: (B, T, C) what it drew. Returns
-    a dict of (B,) float32: "loss" and "imitation", the same.
+    noise: (B, T, C) that the sampler started from. target: (B, T, C) what it drew. Returns
+    a dict of (B,) float32, "loss".
     """
-    error = squared_error(generator(to_sphere(noise), labels), target)
-    return dict(loss=error, imitation=error)
+    return dict(loss=squared_error(generator(to_sphere(noise), labels), target))
 
 
 def distribution_matching(nets, noise, labels, new_noise, angle, cfg_scale=1.0):
-    """Move the generator's images x from where `fake` takes them to be to where `real` does.
+    """Move each generated image x along the difference between what `real` and `fake` see.
 
-    g = (F(v, y) - R(v, y)) / mean|x - R(v, y)|,   v = rotate(x, e', a),   x = G(f(e), y)
+    x = G(f(e), y),   v = rotate(x, e', a),   g = (F(v, y) - R(v, y)) / mean|x - R(v, y)|
     L = |x - sg(x - g)|^2 / 2 + |F(v, y) - sg(x)|^2
 
-    nets: a Distillation. noise, new_noise: (B, T, C), e and e'. angle: (B,) radians.
-    cfg_scale: the guidance of `real`. Returns a dict of (B,) float32: "loss", the sum, and
-    its terms "matching" (the generator's) and "denoising" (fake's).
-    Source: arXiv 2311.18828 and 2405.14867, there without the sphere.
+    nets: a Distillation: G, F and R are its generator, fake and real. noise, new_noise:
+    (B, T, C), e and e'. angle: (B,) radians. cfg_scale: guidance of R. Returns a dict of
+    (B,) float32: "loss", the sum, and its terms "matching" (the generator's) and
+    "denoising" (fake's). Source: arXiv 2311.18828 and 2405.14867, there without the sphere.
     """
     x = nets.generator(to_sphere(noise), labels).float()
     v = rotate(x.detach(), new_noise, angle)

@@ -1,6 +1,6 @@
 """Draw images in a few steps from a trained denoiser; the decoder runs once, at the end.
 
-    python sample.py --steps 4                                   # the newest run's, as a grid
+    python sample.py                                             # a grid, from the newest run
     torchrun --nproc_per_node=8 sample.py --num_images 50000 --out samples.npz    # or samples/
     python sample.py --init photo.png --init_angle 60 --classes rose             # edit an image
 """
@@ -21,9 +21,10 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from encode import (
-    RANK, WORLD, UserError, autocast, can_compile, check_writable, expanded, find_images,
-    fingerprint, from_first, in_turn, join, load_codec, load_state, make_parser, match_class,
-    reading, run, to_float, to_uint8, with_the_others, within, write_file)
+    RANK, WORLD_SIZE, UserError, autocast, bounded, check_writable, exit_if_peer_died,
+    find_images, fingerprint, in_one_line, in_turn, join_processes, load_codec, load_state,
+    make_parser, match_class, on_failure, on_rank0, run, to_float, to_uint8, try_compile,
+    user_path, write_file)
 from model import (
     Denoiser, ModelConfig, generate, guidance_scales, guided, rotate, sampling_angles, to_sphere)
 
@@ -54,24 +55,24 @@ def load_checkpoint(path):
     if not path.exists():
         raise UserError(f"{path.resolve()}: no such checkpoint; name another with --ckpt, or "
                         "train one: python train.py")
-    with reading(f"{path}: is no complete checkpoint of train.py (ckpt.pt)",
-                 "name another, or train one: python train.py"):
+    with on_failure(f"{path}: is no complete checkpoint of train.py (ckpt.pt)",
+                    "name another, or train one: python train.py"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         found = checkpoint["format"]
     if found != CHECKPOINT_FORMAT:
-        raise UserError(f"{path}: has format {found}, not {CHECKPOINT_FORMAT}, and was written by "
-                        "another version of train.py; train again, or use that version")
+        raise UserError(f"{path}: has format {found}, not {CHECKPOINT_FORMAT}: it was written by "
+                        "another version of train.py; use that version, or train again")
     return checkpoint
 
 
 def load_model(checkpoint, device="cpu"):
-    """The denoiser of a checkpoint, with averaged (EMA) weights, frozen."""
+    """The denoiser of a checkpoint with its averaged (EMA) weights, frozen."""
     model = Denoiser(ModelConfig(**checkpoint["config"]))
     load_state(model, checkpoint["ema"], "the checkpoint")
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_codec_of(checkpoint, device="cpu", decoder=True):
+def load_checkpoint_codec(checkpoint, device="cpu", decoder=True):
     """The codec that a checkpoint was trained with: a small one is in it, the RAE is not."""
     saved = checkpoint["codec"]
     codec = in_turn(lambda: load_codec(saved["name"], saved["weights"], device, decoder))
@@ -80,7 +81,7 @@ def load_codec_of(checkpoint, device="cpu", decoder=True):
     return codec
 
 
-def sampling_of(checkpoint):
+def sampling_options(checkpoint):
     """How a run's images are drawn by default: steps, cfg_scale, cfg_skip, same_noise."""
     return {name: checkpoint["settings"][name] for name in SAMPLING}
 
@@ -88,9 +89,9 @@ def sampling_of(checkpoint):
 # ----------------------------------------------------------------- from noise to images
 
 def draw_noise(seed, indexes, shape, steps=1, same_noise=False):
-    """Gaussian noise for images: (steps, B, *shape), the same at every step if same_noise.
+    """Gaussian noise for images: (steps, B, *shape), repeated for all steps if same_noise.
 
-    Image i's depends on (seed, i) alone, so that it does not matter how images are batched.
+    Image i's depends on (seed, i) alone, so it does not matter how images are batched.
     """
     count = 1 if same_noise else steps
     noise = np.empty((len(indexes), count, *shape), np.float32)
@@ -99,22 +100,24 @@ def draw_noise(seed, indexes, shape, steps=1, same_noise=False):
     return torch.from_numpy(noise).transpose(0, 1).expand(steps, -1, *[-1] * len(shape))
 
 
+def schedule(model, steps, cfg_scale=1.0, cfg_skip=0):
+    """The noise angle before each step, and the guidance of each step."""
+    return (sampling_angles(steps, model.config.max_angle),
+            guidance_scales(steps, cfg_scale, cfg_skip))
+
+
 def predict(model, labels, noise, cfg_scale=1.0, cfg_skip=0):
-    """Each step's prediction from noise (steps, B, T, C): a list of (B, T, C), the last is best."""
-    steps = len(noise)
-    angles = sampling_angles(steps, model.config.max_angle)
-    scales = guidance_scales(steps, cfg_scale, cfg_skip)
+    """Each step's prediction from noise (steps, B, T, C): a list of (B, T, C), the best last."""
+    angles, scales = schedule(model, len(noise), cfg_scale, cfg_skip)
     return list(generate(model, labels, noise, angles, scales))
 
 
 def edit(model, labels, noise, start, degrees, cfg_scale=1.0, cfg_skip=0):
-    """Edit latents: turn them by an angle towards noise and take the steps from there.
+    """Edit latents (B, T, C): rotate them towards noise, and take the steps from there.
 
-    The more noise, the less is kept. Those steps are left out that start from more noise.
+    The more noise, the less is kept. Steps that start from more noise are skipped.
     """
-    steps = len(noise)
-    angles = sampling_angles(steps, model.config.max_angle)
-    scales = guidance_scales(steps, cfg_scale, cfg_skip)
+    angles, scales = schedule(model, len(noise), cfg_scale, cfg_skip)
     first = math.radians(degrees)
     angles = [first] + [angle for angle in angles[1:] if angle < first]
     taken = len(angles)
@@ -127,11 +130,9 @@ def predict_through_pixels(model, codec, labels, noise, cfg_scale=1.0, cfg_skip=
 
     Returns the last prediction, (B, T, C). It shows what staying among latents saves.
     """
-    steps = len(noise)
-    angles = sampling_angles(steps, model.config.max_angle)
-    scales = guidance_scales(steps, cfg_scale, cfg_skip)
+    angles, scales = schedule(model, len(noise), cfg_scale, cfg_skip)
     x = torch.zeros_like(noise[0])
-    for k in range(steps):
+    for k in range(len(noise)):
         if k > 0:
             x = codec.encode(codec.decode(x).float())
         v = rotate(x, noise[k], angles[k], model.config.sphere)
@@ -139,8 +140,8 @@ def predict_through_pixels(model, codec, labels, noise, cfg_scale=1.0, cfg_skip=
     return x
 
 
-def draw_batches(model, codec, labels, batches, seed=0, steps=4, cfg_scale=1.0, cfg_skip=0,
-                 same_noise=False, pixel_loop=False, dtype="auto"):
+def generate_batches(model, codec, labels, batches, seed=0, steps=4, cfg_scale=1.0, cfg_skip=0,
+                     same_noise=False, pixel_loop=False, dtype="auto"):
     """Generate and decode images: yields (B, S, S, 3) uint8 for each of batches.
 
     labels: (N,) int64 of all images. batches: lists of indexes of images.
@@ -150,7 +151,7 @@ def draw_batches(model, codec, labels, batches, seed=0, steps=4, cfg_scale=1.0, 
     def noise_of(batch):
         return draw_noise(seed, batch, codec.latent_shape, steps, same_noise)
 
-    # A thread draws the next batch's noise; it must use numpy alone, as all threads here.
+    # A thread draws the noise of the next batch, with numpy: see train.py on threads.
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(noise_of, batches[0]) if batches else None
         for k, batch in enumerate(batches):
@@ -170,29 +171,30 @@ def draw_batches(model, codec, labels, batches, seed=0, steps=4, cfg_scale=1.0, 
 def split_batches(count, batch_size):
     """This process's share of the images 0 to count - 1: a list of lists of indexes."""
     starts = range(0, count, batch_size)
-    return [list(range(start, min(start + batch_size, count))) for start in starts][RANK::WORLD]
+    batches = [list(range(start, min(start + batch_size, count))) for start in starts]
+    return batches[RANK::WORLD_SIZE]
 
 
 def sample_batches(model, codec, labels, batch_size=100, **options):
-    """Images for labels (N,), in order: yields (B, S, S, 3) uint8, in the first process only.
+    """Images for labels (N,), in order: yields (B, S, S, 3) uint8, on rank 0 only.
 
-    All processes must call it and exhaust it. options: as of `draw_batches`.
+    All processes must call it and exhaust it. options: of `generate_batches`.
     """
     batches = split_batches(len(labels), batch_size)
-    drawn = draw_batches(model, codec, labels, batches, **options)
-    if WORLD == 1:
-        yield from drawn
+    generated = generate_batches(model, codec, labels, batches, **options)
+    if WORLD_SIZE == 1:
+        yield from generated
         return
 
-    # In rounds of one batch a process; the last ones may be short, or missing.
+    # In rounds of one batch per process; the last batches may be short, or missing.
     size = codec.image_size
-    for start in range(0, len(labels), batch_size * WORLD):
+    for start in range(0, len(labels), batch_size * WORLD_SIZE):
         mine = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8)
-        images = next(drawn, None)
+        images = next(generated, None)
         if images is not None:
             mine[:len(images)] = torch.from_numpy(images)
-        parts = [torch.empty_like(mine) for _ in range(WORLD)] if RANK == 0 else None
-        with with_the_others():
+        parts = [torch.empty_like(mine) for _ in range(WORLD_SIZE)] if RANK == 0 else None
+        with exit_if_peer_died():
             dist.gather(mine, parts)
         for rank, part in enumerate(parts or []):
             count = min(batch_size, len(labels) - start - rank * batch_size)
@@ -202,28 +204,28 @@ def sample_batches(model, codec, labels, batch_size=100, **options):
 
 # -------------------------------------------------------------------------- filmstrips
 
-# Each returns rows of (image, caption), to be drawn by make_grid. `names` are those of the
-# classes of the labels, `options` are cfg_scale and cfg_skip.
+# Each returns a grid for `draw_grid`: a list of rows, and a row is a list of (image, caption).
+# `names` are those of the classes of the labels, `options` are cfg_scale and cfg_skip.
 
 def decode(codec, z, batch_size=100):
     """(B, T, C) -> (B, S, S, 3) uint8, a batch at a time."""
     return np.concatenate([to_uint8(codec.decode(part)) for part in z.split(batch_size)])
 
 
-def rows_of(columns, captions, names):
-    """Columns of images (B, S, S, 3) with a caption each -> a row of each image."""
-    rows = []
+def one_row_each(columns, captions, names):
+    """Columns of images (B, S, S, 3), with a caption each -> a row for each of the B images."""
+    grid = []
     for b, name in enumerate(names):
-        rows.append([(images[b], f"{caption}\n{name}")
+        grid.append([(images[b], f"{caption}\n{name}")
                      for images, caption in zip(columns, captions)])
-    return rows
+    return grid
 
 
 def steps_filmstrip(model, codec, labels, names, noise, options):
     """What each step predicts."""
     columns = [decode(codec, x) for x in predict(model, labels, noise, **options)]
     captions = [f"step {k + 1}" for k in range(len(columns))]
-    return rows_of(columns, captions, names)
+    return one_row_each(columns, captions, names)
 
 
 def guidance_filmstrip(model, codec, labels, names, noise, options):
@@ -233,11 +235,11 @@ def guidance_filmstrip(model, codec, labels, names, noise, options):
         z = predict(model, labels, noise, scale, options["cfg_skip"])[-1]
         columns.append(decode(codec, z))
         captions.append(f"guidance {scale:g}")
-    return rows_of(columns, captions, names)
+    return one_row_each(columns, captions, names)
 
 
 def angle_filmstrip(model, codec, labels, names, noise, options):
-    """A sample turned towards noise and decoded; below, what the denoiser makes of it."""
+    """A sample rotated towards noise and decoded; below, what the denoiser makes of it."""
     z = predict(model, labels, noise, **options)[-1]
     length = z.pow(2).mean((1, 2), keepdim=True).sqrt()     # predictions leave the sphere
     noisy, denoised, captions = [], [], []
@@ -246,85 +248,80 @@ def angle_filmstrip(model, codec, labels, names, noise, options):
         noisy.append(decode(codec, v * length))
         denoised.append(decode(codec, model(v, labels).float()))
         captions.append(f"{degrees}°")
-    above = rows_of(noisy, [f"{caption} noisy" for caption in captions], names)
-    below = rows_of(denoised, [f"{caption} denoised" for caption in captions], names)
+    above = one_row_each(noisy, [f"{caption} noisy" for caption in captions], names)
+    below = one_row_each(denoised, [f"{caption} denoised" for caption in captions], names)
     return [row for pair in zip(above, below) for row in pair]
 
 
-def slerp(a, b, share):
-    """The point at a share of the way from a to b along the sphere, for (B, T, C) each."""
+FILMSTRIPS = {"steps": steps_filmstrip, "guidance": guidance_filmstrip, "angle": angle_filmstrip}
+
+
+def slerp(a, b, t):
+    """The point at t in [0, 1] of the way from a to b along the sphere; (B, T, C) each."""
     a, b = to_sphere(a), to_sphere(b)
     cosine = (a * b).mean((1, 2), keepdim=True).clamp(-1 + 1e-6, 1 - 1e-6)
     angle = torch.acos(cosine)
-    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / angle.sin()
+    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / angle.sin()
 
 
 def slerp_filmstrip(codec, z, names):
-    """From each latent of z (B, T, C) to the next along the sphere, and from the last to the first.
+    """From each latent of z (B, T, C) to the next along the sphere; the last goes to the first.
 
-    The ends keep their lengths, which the RAE's latents have.
+    The ends keep their lengths, since the RAE's latents are not quite on the sphere.
     """
     length = z.pow(2).mean((1, 2), keepdim=True).sqrt()
     other, other_length = z.roll(-1, 0), length.roll(-1, 0)
     columns, captions = [], []
-    for share in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        between = slerp(z, other, share) * ((1 - share) * length + share * other_length)
+    for t in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        between = slerp(z, other, t) * ((1 - t) * length + t * other_length)
         columns.append(decode(codec, between))
-        captions.append(f"{share:.0%}")
+        captions.append(f"{t:.0%}")
     pairs = [f"{name} to {following}" for name, following in zip(names, names[1:] + names)]
-    return rows_of(columns, captions, pairs)
+    return one_row_each(columns, captions, pairs)
 
 
-def edit_filmstrip(model, codec, labels, names, noise, options, images, angles, each):
-    """Images (B, S, S, 3) uint8, and their edits from each angle (degrees) of noise.
+def edit_filmstrip(model, codec, labels, names, noise, options, image, degrees):
+    """An image (S, S, 3) uint8 and its edits, with each label, from each angle of noise.
 
-    Every image stands `each` times, with other classes. With one angle only, these share a row.
+    With several angles, a row for each label; with one, all labels in one row.
     """
-    start = codec.encode(to_float(images, labels.device))
-    columns, captions = [images], ["input for"]
-    for degrees in angles:
-        z = edit(model, labels, noise, start, degrees, **options)
+    start = codec.encode(to_float(image[None], labels.device)).expand(len(labels), -1, -1)
+    columns, captions = [], []
+    for angle in degrees:
+        z = edit(model, labels, noise, start, angle, **options)
         columns.append(decode(codec, z))
-        captions.append(f"{degrees:g}°")
-    rows = rows_of(columns, captions, names)
-    if len(angles) > 1:
-        return rows
-
-    joined = []
-    for first in range(0, len(rows), each):
-        original = (rows[first][0][0], "input\n")
-        joined.append([original] + [row[1] for row in rows[first:first + each]])
-    return joined
-
-
-FILMSTRIPS = {"steps": steps_filmstrip, "guidance": guidance_filmstrip,
-              "angle": angle_filmstrip}
+        captions.append(f"{angle:g}°")
+    grid = one_row_each(columns, captions, names)
+    original = (image, "input")
+    if len(degrees) > 1:
+        return [[original, *row] for row in grid]
+    return [[original, *(row[0] for row in grid)]]
 
 
 # ---------------------------------------------------------------------------- pictures
 
-def make_grid(rows):
-    """Lay out rows of (image, caption), with images (S, S, 3) uint8, small ones enlarged.
+def draw_grid(grid):
+    """Draw rows of (image, caption), with images (S, S, 3) uint8; small ones are enlarged.
 
-    A caption has two lines at most, and what does not fit below its image is cut.
+    A caption may have several lines; what does not fit below its image is cut.
     """
-    size = len(rows[0][0][0])
+    size = len(grid[0][0][0])
     tile = size * math.ceil(96 / size)
-    lines = max(caption.count("\n") + 1 for row in rows for _, caption in row)
+    lines = max(caption.count("\n") + 1 for row in grid for _, caption in row)
     width, height = tile + 4, tile + 4 + 12 * lines
-    columns = max(len(row) for row in rows)
-    grid = Image.new("RGB", (columns * width + 4, len(rows) * height + 4), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(10)
+    columns = max(len(row) for row in grid)
+    picture = Image.new("RGB", (columns * width + 4, len(grid) * height + 4), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(10)
 
-    for i, row in enumerate(rows):
+    for i, row in enumerate(grid):
         for j, (image, caption) in enumerate(row):
             x, y = 4 + j * width, 4 + i * height
             image = Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST)
-            grid.paste(image, (x, y))
+            picture.paste(image, (x, y))
             for k, line in enumerate(caption.split("\n")):
                 line = fit_text(line, font, tile)
                 draw.text((x + tile / 2, y + tile + 12 * k), line, "black", font, anchor="ma")
-    return grid
+    return picture
 
 
 def fit_text(text, font, width):
@@ -336,20 +333,20 @@ def fit_text(text, font, width):
     return text + "..."
 
 
-def grid_rows(images, captions, columns):
-    """A list of images and one of captions -> rows for `make_grid`."""
+def make_grid(images, captions, columns):
+    """Images and their captions, row by row: a grid for `draw_grid`."""
     cells = list(zip(images, captions))
     return [cells[i:i + columns] for i in range(0, len(cells), columns)]
 
 
-def write_picture(path, image, comment=""):
+def write_picture(path, picture, comment=""):
     """Write a PIL image in the format of the path's suffix; a comment goes into PNG files."""
     info = PngInfo()
     if comment:
         info.add_text("Comment", comment)
-    kind = Image.registered_extensions()[Path(path).suffix.lower()]
-    options = dict(pnginfo=info) if kind == "PNG" else dict(quality=95)
-    write_file(path, lambda file: image.save(file, format=kind, **options))
+    format = Image.registered_extensions()[Path(path).suffix.lower()]
+    options = dict(pnginfo=info) if format == "PNG" else dict(quality=95)
+    write_file(path, lambda file: picture.save(file, format=format, **options))
 
 
 def draw_curves(rows):
@@ -389,23 +386,23 @@ def draw_panel(draw, top, title, names, rows):
 
     draw.text((left, top + 12), f"{title} (logarithmic)", "black", font)
     draw.line([(left, above), (left, below), (right, below)], "black")
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        value = math.exp(low + share * (high - low))
+    for part in (0, 0.25, 0.5, 0.75, 1):
+        value = math.exp(low + part * (high - low))
         draw.line([(left - 4, y_of(value)), (left, y_of(value))], "black")
         draw.text((left - 8, y_of(value)), f"{value:.2g}", "black", font, anchor="rm")
-        step = round(share * last)
+        step = round(part * last)
         draw.line([(x_of(step), below), (x_of(step), below + 4)], "black")
         draw.text((x_of(step), below + 8), f"{step}", "black", font, anchor="ma")
     draw.text((right, below + 26), "step", "black", font, anchor="ma")
 
     for k, name in enumerate(names):
-        colour = f"hsl({55 * k}, 80%, 40%)"
+        color = f"hsl({55 * k}, 80%, 40%)"
         line = [(x_of(step), y_of(value)) for step, value in points[name]]
-        draw.line(line, colour, 2)
+        draw.line(line, color, 2)
         if len(line) == 1:
-            draw.circle(line[0], 3, colour)
+            draw.circle(line[0], 3, color)
         label = name.removeprefix("loss_").replace("_", " to " if "loss" in name else " ")
-        draw.text((right + 20, above + 20 * (len(names) - k)), label, colour, font)
+        draw.text((right + 20, above + 20 * (len(names) - k)), label, color, font)
 
 
 def write_npz(file, batches, labels, size):
@@ -430,14 +427,14 @@ def write_folder(folder, batches, labels):
 
 # --------------------------------------------------------------------------- the bench
 
-def seconds(work, times=3):
-    """The mean time of a call of work(), which returns a tensor, after three to warm up."""
-    for calls in (3, times):
+def time_per_call(work, calls=3):
+    """The mean time of a call of work(), which returns a tensor, after three calls to warm up."""
+    for repeat in (3, calls):
         started = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(repeat):
             result = work()
         result.flatten()[0].item()          # waits for the device
-    return (time.perf_counter() - started) / times
+    return (time.perf_counter() - started) / calls
 
 
 def bench(model, codec, batch_size, device, dtype, sampling):
@@ -446,8 +443,8 @@ def bench(model, codec, batch_size, device, dtype, sampling):
     noise = draw_noise(0, range(batch_size), codec.latent_shape, sampling["steps"]).to(device)
     options = dict(cfg_scale=sampling["cfg_scale"], cfg_skip=sampling["cfg_skip"])
     with torch.no_grad(), autocast(device, dtype):
-        direct = seconds(lambda: codec.decode(predict(model, labels, noise, **options)[-1]))
-        through_pixels = seconds(lambda: codec.decode(
+        direct = time_per_call(lambda: codec.decode(predict(model, labels, noise, **options)[-1]))
+        through_pixels = time_per_call(lambda: codec.decode(
             predict_through_pixels(model, codec, labels, noise, **options)))
     print(f"{device}, batch {batch_size}, {sampling['steps']} steps, guidance "
           f"{sampling['cfg_scale']:g}: {batch_size / direct:.4g} images/s, decoded; through "
@@ -476,7 +473,7 @@ def choose_classes(typed, classes, path):
 
 
 def forward_passes(steps, cfg_scale, cfg_skip):
-    """The number of forward passes that an image takes (NFE): two for a guided step."""
+    """The number of forward passes per image (NFE): two in a guided step."""
     scales = guidance_scales(steps, cfg_scale, cfg_skip)
     return sum(1 if scale == 1 else 2 for scale in scales)
 
@@ -484,158 +481,167 @@ def forward_passes(steps, cfg_scale, cfg_skip):
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def choose_output(typed, run_folder, kind):
-    """Where the result goes: (path, "picture", "npz" or "folder"). kind: of filmstrip, if any."""
+def choose_output(typed, run_folder, filmstrip):
+    """Where the result goes, and what it is: "picture", "npz" or "folder". Raises UserError."""
     if typed is None:
         number = 1
         while (run_folder / f"grid_{number}.png").exists():
             number += 1
-        path, what = run_folder / f"grid_{number}.png", "picture"
+        path, result = run_folder / f"grid_{number}.png", "picture"
     else:
         path, suffix = Path(typed), Path(typed).suffix.lower()
-        what = "picture" if suffix in PICTURES else "npz" if suffix == ".npz" else "folder"
-        # In samples_cfg1.5 the dot begins no suffix.
-        if what == "folder" and suffix[1:].isalpha() and not typed.endswith("/"):
+        result = "picture" if suffix in PICTURES else "npz" if suffix == ".npz" else "folder"
+        # A folder may have a dot in its name, as in samples_cfg1.5.
+        if result == "folder" and suffix[1:].isalpha() and not typed.endswith("/"):
             raise UserError(f"--out {path}: must end in {', '.join(PICTURES)} or .npz, or be a "
                             "folder")
-    if kind and what != "picture":
+    if filmstrip and result != "picture":
         raise UserError(f"--out {path}: a filmstrip is a picture ({', '.join(PICTURES)})")
-    if what == "folder" and path.is_dir() and any(path.iterdir()):
+    if result == "folder" and path.is_dir() and any(path.iterdir()):
         raise UserError(f"--out {path}: must be a new folder, or an empty one")
-    check_writable(path if what == "folder" else path.parent, "--out")
-    return path, what
-
-
-def make_filmstrip(kind, model, codec, labels, names, noise, options, images, sources, angles):
-    """Rows of (image, caption) of a filmstrip; images: (B, S, S, 3) of --init, or None."""
-    if kind == "edit":
-        each = len(labels) // len(sources)
-        return edit_filmstrip(model, codec, labels, names, noise, options, images, angles, each)
-    if kind != "slerp":
-        return FILMSTRIPS[kind](model, codec, labels, names, noise, options)
-    if images is None:
-        return slerp_filmstrip(codec, predict(model, labels, noise, **options)[-1], names)
-    z = codec.encode(to_float(images, labels.device))
-    return slerp_filmstrip(codec, z, [Path(source).stem for source in sources])
+    check_writable(path if result == "folder" else path.parent, "--out")
+    return path, result
 
 
 def parse_args():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--ckpt", type=expanded, default="out",
+    add("--ckpt", type=user_path, default="out",
         help="a checkpoint, or a folder: the newest in it; default: out")
-    add("--num_images", type=within(int, 1), help="default: 8 a class; with --init, for each")
-    add("--classes", nargs="+", help="names or numbers, drawn in equal numbers; default: all")
-    add("--seed", type=within(int, 0), default=0, help="of the noise; default: 0")
-    add("--out", type=expanded,
-        help="a picture, an .npz or a folder of PNGs; default: grid_N.png beside the checkpoint")
+    add("--num_images", type=bounded(int, 1),
+        help="default: 8 of each of the first ten classes; with --init, edits of each image")
+    add("--classes", nargs="+", help="names or numbers, in equal shares; default: all")
+    add("--seed", type=bounded(int, 0), default=0, help="of the noise; default: 0")
+    add("--out", type=user_path,
+        help="a picture, an .npz or a folder of PNGs; default: grid_N.png next to the checkpoint")
     add("--filmstrip", nargs="?", const="steps", choices=[*FILMSTRIPS, "slerp"],
-        help="of each image: its steps (the default), guidance, angle, or slerp to the next")
-    add("--init", nargs="+", metavar="PATH", type=expanded,
+        help="for each image: its steps (the default), guidance, angle, or slerp to the next")
+    add("--init", nargs="+", metavar="PATH", type=user_path,
         help="images, or folders of them, to edit")
-    add("--init_angle", nargs="+", type=within(float, 0, 90), default=[60.0],
+    add("--init_angle", nargs="+", type=bounded(float, 0, 90), default=[60.0],
         help="degrees of noise that --init starts from; default: 60")
-    add("--steps", type=within(int, 1), default=SUPPRESS, help="default: the run's (4 or 1)")
-    add("--cfg_scale", type=within(float, 0, 20), default=SUPPRESS,
+    add("--steps", type=bounded(int, 1), default=SUPPRESS,
+        help="default: the run's, which is 4, or 1 if it is distilled")
+    add("--cfg_scale", type=bounded(float, 0, 20), default=SUPPRESS,
         help="guidance, 1 for none; default: the run's")
-    add("--cfg_skip", type=within(int, 0), default=SUPPRESS,
-        help="first steps without guidance; default: the run's")
+    add("--cfg_skip", type=bounded(int, 0), default=SUPPRESS,
+        help="first steps without guidance, but never the last two; default: the run's")
     add("--same_noise", action=BooleanOptionalAction, default=SUPPRESS,
         help="one noise for all steps; default: the run's")
     add("--pixel_loop", action="store_true",
         help="decode and encode between steps, as Sphere Encoder does")
     add("--bench", action="store_true", help="time denoising and decoding instead")
     add("--compile", action="store_true", help="torch.compile the denoiser, for many images")
-    add("--batch_size", type=within(int, 1), default=100, help="images at a time; default: 100")
+    add("--batch_size", type=bounded(int, 1), default=100, help="images at a time; default: 100")
     return parser.parse_args()
+
+
+def make_filmstrip(kind, model, codec, labels, names, noise, options, dataset, degrees):
+    """The grid of a filmstrip.
+
+    dataset: the images of --init, for kind "edit" and perhaps "slerp"; or None. degrees: of
+    the edits.
+    """
+    images = []
+    if dataset is not None:
+        images = [dataset.load(i, codec.image_size) for i in range(len(dataset))]
+    if kind == "edit":
+        grid = []
+        for image in images:
+            grid += edit_filmstrip(model, codec, labels, names, noise, options, image, degrees)
+        return grid
+    if kind == "slerp" and images:
+        z = [codec.encode(to_float(image[None], labels.device)) for image in images]
+        return slerp_filmstrip(codec, torch.cat(z), [Path(path).stem for path in dataset.source])
+    if kind == "slerp":
+        return slerp_filmstrip(codec, predict(model, labels, noise, **options)[-1], names)
+    return FILMSTRIPS[kind](model, codec, labels, names, noise, options)
 
 
 def main():
     args = parse_args()
-    kind = args.filmstrip or ("edit" if args.init else None)
+    filmstrip = args.filmstrip or ("edit" if args.init else None)
     if args.init and args.filmstrip not in (None, "slerp"):
         raise UserError(f"--filmstrip {args.filmstrip}: draws its own samples; drop --init")
-    if args.pixel_loop and kind:
+    if args.pixel_loop and filmstrip:
         raise UserError("--pixel_loop: is for plain samples; drop --filmstrip and --init")
-    device = join(args.device, args.weights_dir)
+    device = join_processes(args.device, args.weights_dir)
 
-    # All processes must draw from one checkpoint, and a run may be saving meanwhile.
+    # All processes must read the same checkpoint, although a run may be saving meanwhile.
     def find():
         path = find_checkpoint(args.ckpt)
         return path, load_checkpoint(path)["step"]
-    path, step = from_first(find)
+
+    path, step = on_rank0(find)
     checkpoint = load_checkpoint(path)
     if checkpoint["step"] != step:
         raise UserError(f"{path}: was saved again meanwhile; run the command again")
     model = load_model(checkpoint, device)
-    codec = load_codec_of(checkpoint, device)
+    codec = load_checkpoint_codec(checkpoint, device)
     classes, settings = checkpoint["classes"], checkpoint["settings"]
-    sampling = sampling_of(checkpoint)
+    sampling = sampling_options(checkpoint)
     sampling.update({name: vars(args)[name] for name in SAMPLING if name in args})
     options = dict(cfg_scale=sampling["cfg_scale"], cfg_skip=sampling["cfg_skip"])
 
     if args.compile:
-        error = can_compile(device)
+        error = try_compile(device)
         if error is not None:
-            raise UserError(f"--compile: does not work here ({' '.join(str(error).split())[:200]})")
+            raise UserError(f"--compile: does not work here ({in_one_line(error)})")
         model.compile()
     if args.bench:
-        from_first(lambda: bench(model, codec, args.batch_size, device, args.dtype, sampling))
+        on_rank0(lambda: bench(model, codec, args.batch_size, device, args.dtype, sampling))
         return
 
-    # What to draw: as many of each class, the classes in turn.
+    # What to draw: the same number of each class, the classes in turn.
     chosen = choose_classes(args.classes, classes, path)
-    count = args.num_images or min(len(chosen), 10) * (1 if kind else 8)
+    count = args.num_images or min(len(chosen), 10) * (1 if filmstrip else 8)
     labels = torch.tensor(chosen)[torch.arange(count) % len(chosen)]
     names = [classes[label] for label in labels]
-    images, sources = None, []
-    if args.init:
-        loaded = find_images(*args.init)
-        each = 1 if kind == "slerp" else count
-        images = np.stack([loaded.load(i, codec.image_size) for i in range(len(loaded))])
-        images, sources = np.repeat(images, each, axis=0), loaded.source
-        labels, names = labels[:each].repeat(len(loaded)), names[:each] * len(loaded)
-    if kind == "slerp" and len(labels) < 2:
+    dataset = find_images(*args.init) if args.init else None
+    if filmstrip == "slerp" and len(dataset or labels) < 2:
         raise UserError("--filmstrip slerp: needs two samples, or two images of --init")
-    out, what = from_first(lambda: choose_output(args.out, path.parent, kind))
+    out, result = on_rank0(lambda: choose_output(args.out, path.parent, filmstrip))
 
-    nfe = forward_passes(sampling["steps"], **options)
+    drawn = len(labels)
+    if dataset is not None:
+        drawn = len(dataset) * (1 if filmstrip == "slerp" else drawn)
     if RANK == 0:
-        print(f"{path}: step {checkpoint['step']:,} of {settings['max_steps']:,}, {len(labels)} "
-              f"images, {sampling}, NFE {'at most ' if kind == 'edit' else ''}{nfe}", flush=True)
+        at_most = "at most " if filmstrip == "edit" else ""
+        print(f"{path}: step {step:,} of {settings['max_steps']:,}, {drawn} images, {sampling}, "
+              f"NFE {at_most}{forward_passes(sampling['steps'], **options)}", flush=True)
         if sampling["steps"] > 8 and settings["steps"] <= 8:
             print("note: more than 6 to 8 steps make samples worse (assets/results.md)")
     comment = shlex.join(["python", *sys.argv])
 
-    # Filmstrips are small: the first process draws them alone, and all at once.
-    if kind:
-        def draw():
-            noise = draw_noise(args.seed, range(len(labels)), codec.latent_shape,
-                               sampling["steps"], sampling["same_noise"])
-            with torch.no_grad(), autocast(device, args.dtype):
-                rows = make_filmstrip(kind, model, codec, labels.to(device), names,
-                                      noise.to(device), options, images, sources,
-                                      args.init_angle)
-            write_picture(out, make_grid(rows), comment)
-            print(f"wrote {out}")
-        from_first(draw)
+    # Filmstrips are small: rank 0 draws them alone.
+    def draw_filmstrip():
+        noise = draw_noise(args.seed, range(count), codec.latent_shape, sampling["steps"],
+                           sampling["same_noise"])
+        with torch.no_grad(), autocast(device, args.dtype):
+            grid = make_filmstrip(filmstrip, model, codec, labels.to(device), names,
+                                  noise.to(device), options, dataset, args.init_angle)
+        write_picture(out, draw_grid(grid), comment)
+        print(f"wrote {out}")
+
+    if filmstrip:
+        on_rank0(draw_filmstrip)
         return
 
     batches = sample_batches(model, codec, labels, args.batch_size, seed=args.seed,
                              pixel_loop=args.pixel_loop, dtype=args.dtype, **sampling)
     if RANK > 0:
         for _ in batches:
-            pass                    # its share goes to the first process
+            pass                    # rank 0 gets this process's share
         return
-    batches = tqdm(batches, total=math.ceil(len(labels) / args.batch_size), unit="batch")
-    if what == "npz":
+    batches = tqdm(batches, total=math.ceil(count / args.batch_size), unit="batch")
+    if result == "npz":
         write_file(out, lambda file: write_npz(file, batches, labels.numpy(), codec.image_size))
-    elif what == "folder":
+    elif result == "folder":
         write_folder(out, batches, labels)
     else:
         columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(count))
-        drawn = np.concatenate(list(batches))
-        write_picture(out, make_grid(grid_rows(drawn, names, columns)), comment)
+        images = np.concatenate(list(batches))
+        write_picture(out, draw_grid(make_grid(images, names, columns)), comment)
     print(f"wrote {out}")
 
 

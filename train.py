@@ -1,13 +1,13 @@
 """Train the denoiser on cached latents.
 
-    python train.py                                              # the drawn shapes, on a CPU
-    torchrun --nproc_per_node=8 train.py --dataset flowers       # --batch_size is of all
+    python train.py                                              # drawn shapes, on a CPU
+    torchrun --nproc_per_node=8 train.py --dataset flowers       # --batch_size is global
     python train.py --resume                                     # go on, or start
     python train.py --distill out/shapes                         # then: draw in one pass
 
 Encodes the dataset first, if need be. Writes ckpt.pt, log.csv, curve.png and samples/ to
-out/<dataset>/. Interrupting a run, or splitting it over devices, changes nothing; Ctrl-C
-saves before it stops.
+out/<dataset>/. Ctrl-C saves before it stops. Interrupting a run changes nothing, and
+splitting it over devices nothing but rounding.
 """
 import argparse
 import copy
@@ -32,22 +32,24 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fid
 from encode import (
-    CHUNK, CODECS, RANK, SMALL_CODECS, WORLD, Cache, Dataset, UserError, autocast, barrier,
-    cache_key, can_compile, check_writable, expanded, find_dataset, fingerprint, from_first,
-    in_turn, join, latent_shape, load_state, locate, make_parser, open_cache, prepare_codec,
-    run, to_float, with_the_others, within, write_file)
+    CHUNK, CODECS, RANK, SMALL_CODECS, WORLD_SIZE, Cache, Dataset, Machine, UserError, autocast,
+    barrier, bounded, cache_key, check_writable, default_codec, exit_if_peer_died, find_dataset,
+    fingerprint, in_one_line, in_turn, join_processes, latent_shape, load_state, locate,
+    make_parser, on_rank0, open_cache, prepare_codec, run, sum_over_processes, to_float,
+    try_compile, user_path, write_file)
 from model import (
-    PRESETS, Denoiser, Distillation, ModelConfig, distribution_matching, flops, generate,
-    guidance_scales, imitation, largest_angle, losses, noise_angle, sampling_angles)
+    PRESETS, Denoiser, Distillation, ModelConfig, distribution_matching, flops, imitation,
+    largest_angle, losses, noise_angle)
 from sample import (
-    CHECKPOINT_FORMAT, SAMPLING, draw_batches, draw_curves, find_checkpoint, grid_rows,
-    load_checkpoint, load_codec_of, make_grid, seconds, split_batches, write_picture)
+    CHECKPOINT_FORMAT, SAMPLING, draw_curves, draw_grid, find_checkpoint, generate_batches,
+    load_checkpoint, load_checkpoint_codec, make_grid, predict, split_batches, time_per_call,
+    write_picture)
 
 
 # ========================================================================= the settings
 
 def flag(help, default=MISSING, **options):
-    """A field of Settings that is a flag, too; options: of argparse."""
+    """A field of Settings that is a flag, too; options: of argparse, whose type is the field's."""
     return field(default=default, metadata=dict(help=help, **options))
 
 
@@ -58,70 +60,76 @@ YES_OR_NO = argparse.BooleanOptionalAction
 class Settings:
     """What makes a run what it is: every field is a flag, and is stored in the checkpoint.
 
-    A field without a default stands in every block below.
+    A field with a default is the same for every kind of run; the others are set by each of
+    the blocks below.
     """
 
     # The data.
-    dataset: str = flag("shapes, flowers, afhq, imagenet, or a folder of images", type=expanded)
+    dataset: str = flag("shapes, flowers, afhq, imagenet, or a folder of images", type=user_path)
     codec: str = flag("the frozen autoencoder", choices=CODECS)
     flip: bool = flag("train on mirrored images, too", False, action=YES_OR_NO)
 
     # The network, and the noise that it learns to remove.
     preset: str = flag("size of the network", choices=PRESETS)
     sphere: bool = flag("project noisy latents onto the sphere", True, action=YES_OR_NO)
-    max_angle: float = flag("the largest noise angle, degrees; 0: by the latent's size", 0.0,
-                            type=within(float, 0, 89.99))
-    angle_mean: float = flag("mean of the logit-normal law of the noise", 0.0, type=float)
-    angle_std: float = flag("spread of that law", 1.0, type=within(float, 0.01))
+    max_angle: float = flag("largest noise angle in degrees; 0: by the size of the latent", 0.0,
+                            type=bounded(float, 0, 89.99))
+    angle_mean: float = flag("mean of the logit-normal distribution of the noise", 0.0)
+    angle_std: float = flag("spread of the distribution of the noise", 1.0,
+                            type=bounded(float, 0.01))
 
-    # The optimizer. The learning rate rises for `warmup` steps, stays until half of the
-    # run, and falls by a cosine to a hundredth.
-    batch_size: int = flag("images a step, over all devices", type=within(int, 1))
-    max_steps: int = flag("steps of the whole run", type=within(int, 1))
-    optimizer: str = flag("muon: for the matrices of the blocks", choices=["adamw", "muon"])
-    lr: float = flag("peak learning rate", type=within(float, 0))
-    warmup: int = flag("steps of linear warm-up", type=within(int, 1))
-    weight_decay: float = flag("decoupled, as in AdamW", type=within(float, 0))
-    beta1: float = flag("AdamW's average of gradients", 0.9, type=within(float, 0, 1))
-    beta2: float = flag("AdamW's average of their squares", 0.95, type=within(float, 0, 1))
-    grad_clip: float = flag("largest norm of the gradient", 1.0, type=within(float, 0))
-    ema_decay: float = flag("of the moving average of the weights", type=within(float, 0, 1))
-    accumulate: int = flag("passes that a device's share of a batch is split into", 1,
-                           type=within(int, 1))
-    seed: int = flag("of weights, order and noise", 0, type=within(int, 0))
+    # The optimizer. The learning rate rises for `warmup` steps, stays until half of the run,
+    # and falls along a cosine to a hundredth.
+    batch_size: int = flag("images per step, over all devices", type=bounded(int, 1))
+    max_steps: int = flag("steps of the whole run", type=bounded(int, 1))
+    optimizer: str = flag("muon is for the matrices of the blocks, with AdamW for the rest",
+                          choices=["adamw", "muon"])
+    lr: float = flag("peak learning rate", type=bounded(float, 0))
+    warmup: int = flag("steps of linear warm-up", type=bounded(int, 1))
+    weight_decay: float = flag("decoupled weight decay", type=bounded(float, 0))
+    beta1: float = flag("AdamW's decay of the mean of gradients", 0.9, type=bounded(float, 0, 1))
+    beta2: float = flag("AdamW's decay of the mean of squares", 0.95, type=bounded(float, 0, 1))
+    grad_clip: float = flag("largest norm of the gradient", 1.0, type=bounded(float, 0))
+    ema_decay: float = flag("decay of the average of the weights", type=bounded(float, 0, 1))
+    accumulate: int = flag("parts that each device's share of the batch is split into", 1,
+                           type=bounded(int, 1))
+    seed: int = flag("seed of weights, order and noise", 0, type=bounded(int, 0))
 
     # The losses.
-    label_dropout: float = flag("share of labels left out, for guidance", 0.1,
-                                type=within(float, 0, 1))
-    consistency_weight: float = flag("weight of that loss; 0 saves its pass",
-                                     type=within(float, 0))
+    label_dropout: float = flag("fraction of labels dropped, which guidance needs", 0.1,
+                                type=bounded(float, 0, 1))
+    consistency_weight: float = flag("weight of the consistency loss; 0 saves its forward pass",
+                                     type=bounded(float, 0))
 
-    # Other beginnings than random weights.
+    # Starting from a checkpoint.
     init_from: str = flag("checkpoint to start from, with its codec", "", metavar="CKPT",
-                          type=expanded)
+                          type=user_path)
     distill: str = flag("checkpoint to make a one-step generator of", "", metavar="CKPT",
-                        type=expanded)
-    imitate_steps: int = flag("of distillation: first steps, which imitate the sampler", 0,
-                              type=within(int, 0))
-    imitate_lr: float = flag("peak learning rate of those", 1e-3, type=within(float, 0))
-    teacher_steps: int = flag("steps of the sampler that is imitated", 4, type=within(int, 1))
-    teacher_cfg: float = flag("guidance of the denoiser that is distilled", 1.5,
-                              type=within(float, 0, 20))
+                        type=user_path)
+    imitate_steps: int = flag("of distillation: number of imitation steps, before matching", 0,
+                              type=bounded(int, 0))
+    imitate_lr: float = flag("of distillation: peak learning rate of imitation", 1e-3,
+                             type=bounded(float, 0))
+    teacher_steps: int = flag("of distillation: steps of the sampler to imitate", 4,
+                              type=bounded(int, 1))
+    teacher_cfg: float = flag("of distillation: guidance of the denoiser", 1.5,
+                              type=bounded(float, 0, 20))
 
     # How images are drawn from it.
-    steps: int = flag("sampling steps", type=within(int, 1))
-    cfg_scale: float = flag("guidance of sampling, 1 for none", type=within(float, 0, 20))
-    cfg_skip: int = flag("first sampling steps without guidance", type=within(int, 0))
+    steps: int = flag("sampling steps", type=bounded(int, 1))
+    cfg_scale: float = flag("guidance of sampling, 1 for none", type=bounded(float, 0, 20))
+    cfg_skip: int = flag("first sampling steps without guidance, but never the last two",
+                         type=bounded(int, 0))
     same_noise: bool = flag("one noise for all sampling steps", action=YES_OR_NO)
 
     # What happens every so many steps.
-    log_every: int = flag("steps between log lines", type=within(int, 1))
-    save_every: int = flag("steps between checkpoints", type=within(int, 1))
-    sample_every: int = flag("steps between sample grids", type=within(int, 1))
-    eval_every: int = flag("steps between evaluations; 0: none", 0, type=within(int, 0))
-    eval_images: int = flag("samples of an evaluation", 1000, type=within(int, 2))
-    eval_ref: str = flag("images or statistics they are compared with; default: the dataset",
-                         "", metavar="REF", type=expanded)
+    log_every: int = flag("steps between log lines", type=bounded(int, 1))
+    save_every: int = flag("steps between checkpoints", type=bounded(int, 1))
+    sample_every: int = flag("steps between grids of samples", type=bounded(int, 1))
+    eval_every: int = flag("steps between evaluations; 0: never", 0, type=bounded(int, 0))
+    eval_images: int = flag("samples per evaluation", 1000, type=bounded(int, 2))
+    eval_ref: str = flag("images or statistics to compare samples with; default: the dataset",
+                         "", metavar="REF", type=user_path)
     eval_features: str = flag("network that compares them", "codec",
                               choices=["codec", "inception"])
 
@@ -130,14 +138,14 @@ class Settings:
         return {name: getattr(self, name) for name in SAMPLING}
 
 
-# A run uses one of these blocks with the flags laid over it, and nothing else. What is not
-# known of the paper's settings follows RAE, Sphere Encoder and assets/results.md.
+# A run uses one of these blocks with the flags laid over it. What is not known of the
+# paper's settings follows RAE, Sphere Encoder and assets/results.md.
 
 SHAPES = Settings(                  # five minutes on a CPU
     dataset="shapes", codec="small", preset="tiny",
     batch_size=128, max_steps=1700,
     optimizer="muon", lr=3e-3, warmup=100, weight_decay=0.01, ema_decay=0.999,
-    consistency_weight=0.0,         # at equal time it lost
+    consistency_weight=0.0,         # worse at equal time (assets/results.md)
     steps=4, cfg_scale=2.0, cfg_skip=1,
     same_noise=False,               # new noise is better for drawings, worse for photographs
     log_every=50, save_every=500, sample_every=500)
@@ -175,7 +183,7 @@ IMAGENET = Settings(                # 400 epochs
     log_every=100, save_every=5000, sample_every=5000)
 
 DISTILL = Settings(                 # dataset, codec, preset and noise are the checkpoint's
-    dataset="shapes", codec="small", preset="tiny",
+    dataset="", codec="small", preset="tiny",
     batch_size=64, max_steps=700, imitate_steps=400, imitate_lr=1e-3, teacher_cfg=1.5,
     optimizer="adamw", lr=1.5e-4, warmup=1, weight_decay=0.0, ema_decay=0.99,
     beta1=0.0, beta2=0.99,          # momentum makes matching collapse
@@ -185,50 +193,61 @@ DISTILL = Settings(                 # dataset, codec, preset and noise are the c
 
 BLOCKS = {"shapes": SHAPES, "flowers": FLOWERS, "afhq": AFHQ, "imagenet": IMAGENET}
 
-# What a run takes from the checkpoint that it starts from, and what it keeps when resumed.
+# What a run takes over from the checkpoint that it starts from.
 INHERITED = ("codec", "preset", "sphere", "max_angle", "angle_mean", "angle_std")
-KEPT = (*INHERITED, "flip", "batch_size", "optimizer", "seed", "imitate_steps")
+# What cannot be changed when a run is resumed.
+FIXED_ON_RESUME = (*INHERITED, "flip", "batch_size", "optimizer", "seed", "imitate_steps")
+# What distillation does not use.
+NOT_FOR_DISTILL = ("flip", "optimizer", "warmup", "accumulate", "label_dropout",
+                   "consistency_weight", "init_from")
 
 
 def choose_settings(flags, start=None):
-    """The settings of a new run, from flags (a dict); start: the checkpoint it starts from."""
-    dataset = flags.get("dataset", "shapes")
+    """The settings of a new run.
+
+    flags: the settings that the user gave, a dict. start: the checkpoint that the run starts
+    from, if any. Raises UserError.
+    """
+    spec = flags.get("dataset", "shapes")
     if flags.get("distill"):
         block = DISTILL
-    elif dataset in BLOCKS:
-        block = BLOCKS[dataset]
+    elif spec in BLOCKS:
+        block = BLOCKS[spec]
     else:
-        block = replace(FOLDER, dataset=dataset)
+        block = replace(FOLDER, dataset=spec, codec=default_codec(spec))
     if start is None:
         return replace(block, **flags)
 
-    theirs = start["settings"]
+    saved = start["settings"]
     source = flags.get("distill") or flags.get("init_from")
-    refuse_changes(flags, theirs, INHERITED, source)
-    block = replace(block, **{name: theirs[name] for name in INHERITED})
+    refuse_changes(flags, saved, INHERITED, source)
+    block = replace(block, **{name: saved[name] for name in INHERITED})
     if flags.get("distill"):
-        if theirs["distill"] or not theirs["sphere"]:
+        if saved["distill"] or not saved["sphere"]:
             raise UserError(f"{source}: is distilled already, or was trained with --no-sphere")
-        block = replace(block, dataset=theirs["dataset"])
+        for name in NOT_FOR_DISTILL:
+            if name in flags:
+                raise UserError(f"--{name}: means nothing to --distill; drop it")
+        block = replace(block, dataset=saved["dataset"])
     return replace(block, **flags)
 
 
 def refuse_changes(flags, saved, names, path):
-    """Raise UserError if a flag differs from what a checkpoint has."""
+    """Raise UserError if a flag differs from the settings saved in a checkpoint."""
     for name in names:
         if name in flags and flags[name] != saved[name]:
             raise UserError(f"{path}: has --{name} {saved[name]}; drop yours")
 
 
 def parse_args():
-    """The command line: what does not belong to the settings, and the settings given (a dict)."""
+    """The command line: its namespace, and those settings that were given, a dict."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--out_dir", type=expanded, help="where to write; default: out/<dataset>")
+    add("--out_dir", type=user_path, help="where to write; default: out/<dataset>")
     add("--resume", action="store_true", help="go on with the run in out_dir, or start it")
     add("--live", action="store_true", help="encode each batch as it is needed, without a cache")
-    add("--fit_steps", type=within(int, 1), default=1500,
-        help="steps to fit a small codec, if there is none; default: 1500")
+    add("--fit_steps", type=bounded(int, 1), default=1500,
+        help="steps to fit a small codec, if there is none yet; default: 1500")
     add("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
     add("--compile", default="auto", choices=["auto", "on", "off"],
         help="torch.compile; auto (the default): on CUDA, and for long runs on a CPU")
@@ -238,48 +257,65 @@ def parse_args():
     for setting in fields(Settings):
         options = dict(setting.metadata)
         options["help"] += f" ({getattr(SHAPES, setting.name)})"
+        if "action" not in options and "choices" not in options:
+            options.setdefault("type", setting.type)
         group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, **options)
     args = parser.parse_args()
     flags = {name: vars(args)[name] for name in Settings.__annotations__ if name in args}
     return args, flags
 
 
-def plan_run(flags, out_dir, resume, data_dir):
-    """Decide what a command asks for: its Settings, its checkpoint's path, and where it starts.
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for."""
 
-    Returns (settings, path, the path of the checkpoint to start from or None, whether that is
-    the run's own).
-    """
+    settings: Settings
+    path: Path          # of the run's checkpoint
+    source: Path        # the checkpoint that it starts from, or None
+    resumed: bool       # whether that is its own
+
+
+def make_plan(flags, out_dir, resume, data_dir):
+    """Choose the settings and the folder of a run. Raises UserError."""
     source = flags.get("distill") or flags.get("init_from")
     if out_dir is None:
         out_dir = default_out_dir(flags, source, data_dir)
     path = Path(out_dir) / "ckpt.pt"
-
-    if resume and path.exists():
-        saved = load_checkpoint(path)["settings"]
-        refuse_changes(flags, saved, KEPT, path)
-        return Settings(**{**saved, **flags}), path, path, True
-    if resume:
-        print(f"{path}: is not there, so this run starts from the beginning")
-    if source:
-        source = find_checkpoint(source)
-        settings = choose_settings(flags, load_checkpoint(source))
+    resumed = resume and path.exists()
+    if resumed:
+        settings = resumed_settings(flags, path, data_dir)
+        source = path
     else:
-        settings = choose_settings(flags)
+        if resume:
+            print(f"{path}: does not exist, so this run starts from the beginning")
+        source = find_checkpoint(source) if source else None
+        settings = choose_settings(flags, load_checkpoint(source) if source else None)
 
-    if WORLD * settings.accumulate > 1 and settings.batch_size % (WORLD * settings.accumulate):
-        raise UserError(f"--batch_size: must be a multiple of {WORLD * settings.accumulate}")
-    if settings.distill and settings.accumulate > 1:
-        raise UserError("--accumulate: not with --distill; use a smaller --batch_size")
+    parts = WORLD_SIZE * settings.accumulate
+    if settings.batch_size % parts:
+        raise UserError(f"--batch_size: must be a multiple of {parts}")
     check_writable(out_dir, "--out_dir")
     _, folder = locate(settings.dataset, data_dir)
     if Path(out_dir).resolve() == folder.resolve():
         raise UserError(f"--out_dir {out_dir}: holds the images; use another folder")
-    return settings, path, source, False
+    return Plan(settings, path, source, resumed)
+
+
+def resumed_settings(flags, path, data_dir):
+    """The settings of a run that goes on: those saved, with the flags laid over them."""
+    saved = load_checkpoint(path)["settings"]
+    refuse_changes(flags, saved, FIXED_ON_RESUME, path)
+    if bool(flags.get("distill", saved["distill"])) != bool(saved["distill"]):
+        raise UserError(f"{path}: is not a distillation; use another --out_dir")
+    name, _ = locate(flags.get("dataset", saved["dataset"]), data_dir)
+    saved_name, _ = locate(saved["dataset"], data_dir)
+    if name != saved_name:
+        raise UserError(f"{path}: has --dataset {saved['dataset']}; drop yours")
+    return Settings(**{**saved, **flags})
 
 
 def default_out_dir(flags, source, data_dir):
-    """out/<dataset>; a distilled run goes beside its source, and so does one tuned further."""
+    """out/<dataset>; a distilled run goes next to its source, and so does one tuned further."""
     if flags.get("distill"):
         folder = Path(source) if Path(source).is_dir() else Path(source).parent
         return Path(f"{folder}-distilled")
@@ -292,86 +328,109 @@ def default_out_dir(flags, source, data_dir):
 
 # ============================================================================= the data
 
-# A thread reads the next batch while the network learns from this one. It leaves torch's
-# operations to the main thread: in a second thread they slow down every step on a CPU, and can
-# crash on MPS.
+# A thread reads the next batch while the network learns from this one: it calls `read`, and
+# the main thread `to_latents`. The thread must not call torch's operations: on a CPU they
+# slow down every step of the main thread, and on MPS two threads that use the GPU can crash.
 
 def move(array, device):
-    """A numpy array or tensor, on the device.
+    """A numpy array or host tensor on the device.
 
-    On CUDA the program does not wait for the copy. On MPS, it would then read freed memory.
+    On CUDA the program does not wait for the copy. It must on MPS, which would otherwise read
+    memory that has been freed.
     """
     return torch.as_tensor(array).to(device, non_blocking=device.type == "cuda")
 
 
 @dataclass(frozen=True)
-class CachedLatents:
-    """A run's data from the cache: on the card, in memory, or read from disk."""
+class LatentsOnCard:
+    """Latents that fit on a CUDA card."""
+
+    labels: np.ndarray          # (N,)
+    latents: torch.Tensor       # (N, T, C) float16
+
+    def read(self, indexes):
+        return indexes
+
+    def to_latents(self, indexes):
+        """(B, T, C) float32."""
+        return self.latents[move(indexes, self.latents.device)].float()
+
+
+@dataclass(frozen=True)
+class LatentsInMemory:
+    """Latents that fit in the memory of a machine without a CUDA card."""
+
+    labels: np.ndarray          # (N,)
+    latents: np.ndarray         # (N, T, C) float16
+    device: torch.device
+
+    def read(self, indexes):
+        return self.latents[indexes]
+
+    def to_latents(self, z):
+        """(B, T, C) float32 on the device."""
+        return move(z, self.device).float()
+
+
+@dataclass(frozen=True)
+class LatentsOnDisk:
+    """Latents that are read from the cache step by step."""
 
     cache: Cache
     device: torch.device
-    latents: torch.Tensor       # (N, T, C) float16 on the card or in memory, or None
 
     @property
     def labels(self):
         return self.cache.labels
 
-    def on_card(self):
-        return self.latents is not None and self.device.type == "cuda"
-
     def read(self, indexes):
-        """In the thread: (B, T, C) float16; or the indexes, if the latents are on the card."""
-        if self.on_card():
-            return indexes
-        # Only from pinned memory are large copies to the card not waited for.
-        x = torch.empty(len(indexes), *self.cache.shape, dtype=torch.float16,
+        # Copies to a CUDA card are asynchronous only from pinned memory.
+        z = torch.empty(len(indexes), *self.cache.shape, dtype=torch.float16,
                         pin_memory=self.device.type == "cuda")
-        if self.latents is None:
-            self.cache.read(indexes, x.numpy())
-        else:
-            np.take(self.latents.numpy(), indexes, axis=0, out=x.numpy(), mode="clip")
-        return x
+        self.cache.read(indexes, z.numpy())
+        return z
 
-    def place(self, x):
-        """In the main thread: latents (B, T, C) float32 on the device."""
-        x = move(x, self.device)
-        return (self.latents[x] if self.on_card() else x).float()
+    def to_latents(self, z):
+        """(B, T, C) float32 on the device."""
+        return move(z, self.device).float()
 
 
 @dataclass(frozen=True)
 class LiveLatents:
-    """A run's data straight from the images, encoded batch by batch."""
+    """Latents that are encoded from the images step by step."""
 
     dataset: Dataset
     labels: np.ndarray          # (N,), or (2 N,) with the mirrored images
     codec: torch.nn.Module
-    device: torch.device
-    dtype: str
+    machine: Machine
     pool: ThreadPoolExecutor    # decodes image files
 
     def read(self, indexes):
-        """In the thread: images (B, S, S, 3) uint8."""
         load = functools.partial(self.dataset.load, size=self.codec.image_size)
         return np.stack(list(self.pool.map(load, indexes)))
 
-    def place(self, x):
-        """In the main thread: latents (B, T, C) float32 on the device."""
-        with torch.no_grad(), autocast(self.device, self.dtype):
-            z = self.codec.encode(to_float(x, self.device))
+    def to_latents(self, images):
+        """(B, T, C) float32 on the device."""
+        device = self.machine.device
+        with torch.no_grad(), autocast(device, self.machine.dtype):
+            z = self.codec.encode(to_float(images, device))
         return z.half().float()     # rounded as in the cache
 
 
-def load_latents(cache, device):
-    """All latents of a cache, on a CUDA card or in memory; None where there is no room."""
+def place_latents(cache, device):
+    """The latents of a cache on the card, in memory, or on disk, as there is room."""
     on_card = device.type == "cuda"
     room = torch.cuda.mem_get_info(device)[0] / 3 if on_card else 2**30
     shape = len(cache.labels), *cache.shape
     if 2 * math.prod(shape) > room:
-        return None
-    latents = torch.empty(shape, dtype=torch.float16, device=device if on_card else "cpu")
+        return LatentsOnDisk(cache, device)
+    if not on_card:
+        latents = np.concatenate([cache.chunk(k) for k in cache.chunks()])
+        return LatentsInMemory(cache.labels, latents, device)
+    latents = torch.empty(shape, dtype=torch.float16, device=device)
     for k in cache.chunks():
         latents[k * CHUNK:(k + 1) * CHUNK] = torch.tensor(cache.chunk(k))
-    return latents
+    return LatentsOnCard(cache.labels, latents)
 
 
 @functools.lru_cache(maxsize=2)
@@ -380,74 +439,80 @@ def permutation(n, epoch, seed):
 
 
 def batch_indexes(n, batch_size, step, seed):
-    """Which of n images a step takes: epochs follow one another, each in an order of its own."""
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs, places = np.divmod(places, n)
-    parts = [permutation(n, int(epoch), seed)[places[epochs == epoch]]
+    """Which of n images a step takes: epochs follow one another, each in its own order."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, positions = np.divmod(positions, n)
+    parts = [permutation(n, int(epoch), seed)[positions[epochs == epoch]]
              for epoch in np.unique(epochs)]
     return np.concatenate(parts)
 
 
-def read_batch(data, usable, step, rows, settings):
-    """In the thread: what a step needs of the data, for rows (a slice) of its batch.
+def read_batch(data, usable, step, share, settings):
+    """In the thread: what a step needs of the data.
 
-    usable: the indexes of the images that could be read. Returns what `data.place` makes
-    latents of, and the labels (B,).
+    usable: the indexes of the images that could be read. share: a slice, this process's part
+    of the batch. Returns what `data.to_latents` takes, and the labels (B,).
     """
-    chosen = batch_indexes(len(usable), settings.batch_size, step, settings.seed)
-    indexes = usable[chosen[rows]]
+    batch = batch_indexes(len(usable), settings.batch_size, step, settings.seed)
+    indexes = usable[batch[share]]
     return data.read(indexes), data.labels[indexes]
 
 
 # ============================================================================== a step
 
-NOISE_BLOCK = 16        # images whose noise is drawn together
+# Noise is drawn in blocks of 16 images, each with its own seed. So every process draws only
+# what it needs, and the noise of an image does not depend on how the batch is split.
+NOISE_BLOCK = 16
+
+# The random numbers of a step come from (seed, step, stream), with a stream for each purpose.
+UNIFORM, NOISE, NEW_NOISE, LABELS = range(4)
 
 
 def generator_for(device, *key):
     """A random generator that depends on the numbers of the key alone."""
-    seed = np.random.SeedSequence(key).generate_state(1)
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(seed[0]))
 
 
-def draw_gaussian(step, stream, rows, settings, config, device):
-    """Noise (B, T, C) for rows (a slice) of a step's batch, the same however it is split."""
-    blocks = range(rows.start // NOISE_BLOCK, math.ceil(rows.stop / NOISE_BLOCK))
+def draw_noise(step, stream, share, settings, config, device):
+    """Gaussian noise (B, T, C) for a share (a slice) of a step's batch."""
+    blocks = range(share.start // NOISE_BLOCK, math.ceil(share.stop / NOISE_BLOCK))
     shape = (NOISE_BLOCK, config.tokens, config.channels)
     noise = []
     for block in blocks:
         generator = generator_for(device, settings.seed, step, stream, block)
         noise.append(torch.randn(shape, generator=generator, device=device))
-    first = rows.start % NOISE_BLOCK
-    return torch.cat(noise)[first:first + rows.stop - rows.start]
+    first = share.start % NOISE_BLOCK
+    return torch.cat(noise)[first:first + share.stop - share.start]
 
 
-def draw(step, rows, settings, config, device):
-    """The random numbers of a step for rows (a slice) of its batch.
+def draw(step, share, settings, config, device):
+    """The random numbers of a step for a share (a slice) of its batch.
 
-    Returns noise (B, T, C), angle (B,) radians, share (B,) in [0, 1), dropped (B,) bool.
+    Returns noise (B, T, C), angle (B,) radians, ratio (B,) in [0, 0.5), dropped (B,) bool.
     """
-    generator = generator_for(device, settings.seed, step, 0)
+    generator = generator_for(device, settings.seed, step, UNIFORM)
     u = torch.rand(3, settings.batch_size, generator=generator, device=device)
 
-    # Spread evenly over the batch, the angles make the loss vary less.
-    place = (torch.arange(settings.batch_size, device=device) + u[0]) / settings.batch_size
-    angle = noise_angle(place, config.max_angle, settings.angle_mean, settings.angle_std)
-    noise = draw_gaussian(step, 1, rows, settings, config, device)
-    return noise, angle[rows], u[1, rows], u[2, rows] < settings.label_dropout
+    # Stratified angles, the k-th image's from the k-th part of the distribution, reduce the
+    # variance of the loss.
+    quantile = (torch.arange(settings.batch_size, device=device) + u[0]) / settings.batch_size
+    angle = noise_angle(quantile, config.max_angle, settings.angle_mean, settings.angle_std)
+    noise = draw_noise(step, NOISE, share, settings, config, device)
+    return noise, angle[share], u[1, share] / 2, u[2, share] < settings.label_dropout
 
 
-def learning_rate(step, steps, peak, warmup=1):
+def learning_rate(step, total_steps, peak, warmup=1):
     """Linear warm-up, then constant to half of the steps, then a cosine down to a hundredth."""
-    decayed = max(0.0, 2 * step / steps - 1)                    # 0 to half, then up to 1
-    cosine = 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * decayed))
+    progress = max(0.0, 2 * step / total_steps - 1)         # 0 until half, then up to 1
+    cosine = 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * progress))
     return peak * min(1.0, (step + 1) / warmup) * cosine
 
 
 class FloatMuon(torch.optim.Muon):
     """torch.optim.Muon in float32, and all matrices of one shape at once.
 
-    torch's iterates in bf16, which takes many times as long on most CPUs.
+    torch's own iterates in bf16, which most CPUs compute many times slower.
     """
 
     @torch.no_grad()
@@ -458,9 +523,9 @@ class FloatMuon(torch.optim.Muon):
                 by_shape.setdefault(weight.shape, []).append(weight)
             for shape, weights in by_shape.items():
                 updates = orthogonalize(self.momentum(weights, group), group)
-                size = 0.2 * math.sqrt(max(shape))              # "match_rms_adamw"
+                scale = 0.2 * math.sqrt(max(shape))         # "match_rms_adamw"
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, list(updates), alpha=-group["lr"] * size)
+                torch._foreach_add_(weights, list(updates), alpha=-group["lr"] * scale)
 
     def momentum(self, weights, group):
         """Nesterov's average of the gradients: (n, rows, columns)."""
@@ -474,7 +539,7 @@ class FloatMuon(torch.optim.Muon):
 
 
 def orthogonalize(x, group):
-    """Newton and Schulz's iteration: pulls the singular values of (n, r, c) towards 1."""
+    """The Newton-Schulz iteration, which pulls the singular values of (n, r, c) towards 1."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(group["eps"])
@@ -488,12 +553,13 @@ def orthogonalize(x, group):
 def make_optimizers(denoiser, settings, device):
     """AdamW for all weights; or Muon for the matrices of attention and MLP, AdamW for the rest.
 
-    Muon takes twice the rate. Both measure steps alike, so that one rate serves both.
+    Muon's updates are scaled to the size of AdamW's, so that one --lr serves both; Muon takes
+    twice that rate.
     """
     matrices, others = [], []
     for name, weight in denoiser.named_parameters():
-        matrix = name.startswith("blocks") and weight.ndim == 2 and "adaln" not in name
-        if matrix and settings.optimizer == "muon":
+        is_matrix = name.startswith("blocks") and weight.ndim == 2 and "adaln" not in name
+        if is_matrix and settings.optimizer == "muon":
             matrices.append(weight)
         else:
             others.append(weight)
@@ -508,7 +574,10 @@ def make_optimizers(denoiser, settings, device):
 
 
 def take_step(optimizers, lr, grad_clip):
-    """Clip the gradient and move the weights, unless it is not finite. Returns its norm."""
+    """Clip the gradient and update the weights, unless it is not finite.
+
+    Returns numbers for the log: lr and grad_norm, which stays on the device.
+    """
     weights = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -518,16 +587,16 @@ def take_step(optimizers, lr, grad_clip):
     finite = torch.isfinite(grad_norm)
     for optimizer in optimizers:
         if optimizer.defaults.get("fused"):
-            # It leaves its step out by itself, so that the program need not wait to know.
+            # A fused optimizer skips the update on the device, so the program need not wait.
             optimizer.found_inf = (~finite).float()
             optimizer.step()
         elif finite:
             optimizer.step()
-    return grad_norm
+    return dict(lr=lr, grad_norm=grad_norm)
 
 
 def update_average(ema, denoiser, decay, step):
-    """Move the averaged weights towards the new ones, faster in the first steps."""
+    """Update the averaged weights, which follow faster in the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(denoiser.parameters()), 1 - decay)
@@ -536,37 +605,38 @@ def update_average(ema, denoiser, decay, step):
 def train_step(model, optimizers, step, batch, settings, dtype="auto"):
     """One step of training.
 
-    model: a Denoiser, or DDP around one. batch: z, labels, noise, angle, share. Returns the
-    losses, a dict of (B,), and the norm of the gradient.
+    model: a Denoiser, or DDP around one. batch: z, labels, noise, angle, ratio. Returns the
+    losses, a dict of (B,), and numbers for the log.
     """
     for optimizer in optimizers:
         optimizer.zero_grad()
     parts = list(zip(*(tensor.chunk(settings.accumulate) for tensor in batch)))
     values = []
     for k, part in enumerate(parts):
-        # DDP has to average gradients over processes only once, after the last part.
-        model.require_backward_grad_sync = k + 1 == len(parts)
+        if isinstance(model, DDP):
+            # Gradients are averaged over processes once, after the last part.
+            model.require_backward_grad_sync = k + 1 == len(parts)
         with autocast(part[0].device, dtype):
             terms = losses(model, *part, settings.consistency_weight)
         (terms["loss"].mean() / len(parts)).backward()
         values.append(terms)
 
     lr = learning_rate(step, settings.max_steps, settings.lr, settings.warmup)
-    grad_norm = take_step(optimizers, lr, settings.grad_clip)
+    numbers = take_step(optimizers, lr, settings.grad_clip)
     joined = {name: torch.cat([terms[name].detach() for terms in values]) for name in values[0]}
-    return joined, grad_norm
+    return joined, numbers
 
 
-# ====================================================================== a distilling step
+# ======================================================================= distillation
 
 def make_distill_optimizers(nets, settings, device):
-    """AdamW for imitation, and another for distribution matching, where fake learns faster."""
+    """AdamW for imitation, and another for matching, in which `fake` learns twice as fast."""
     fused = device.type != "mps"
-    imitating = torch.optim.AdamW([dict(params=nets.generator.parameters(), lr_scale=1)],
-                                  betas=(0.9, 0.95), weight_decay=settings.weight_decay,
-                                  fused=fused)
-    matching = torch.optim.AdamW([dict(params=nets.generator.parameters(), lr_scale=1),
-                                  dict(params=nets.fake.parameters(), lr_scale=2)],
+    generator, fake = list(nets.generator.parameters()), list(nets.fake.parameters())
+    imitating = torch.optim.AdamW([dict(params=generator, lr_scale=1)], betas=(0.9, 0.95),
+                                  weight_decay=settings.weight_decay, fused=fused)
+    matching = torch.optim.AdamW([dict(params=generator, lr_scale=1),
+                                  dict(params=fake, lr_scale=2)],
                                  betas=(settings.beta1, settings.beta2),
                                  weight_decay=settings.weight_decay, fused=fused)
     return [imitating, matching]
@@ -578,60 +648,60 @@ def average_gradients(optimizer, group):
         for weight in weights["params"]:
             if weight.grad is not None:
                 dist.all_reduce(weight.grad, group=group)
-                weight.grad /= WORLD
+                weight.grad /= WORLD_SIZE
 
 
-def distill_step(nets, ema, optimizers, step, rows, settings, dtype="auto", group=None):
-    """One step of distillation: imitation first, then distribution matching.
+def distill_step(nets, ema, optimizers, step, share, settings, dtype="auto", group=None):
+    """One step of distillation: first imitation, then distribution matching.
 
-    nets: a Distillation. ema: the averaged generator. rows: a slice, this process's share of
-    the batch. group: of processes that exchange gradients. Returns the losses, a dict of (B,),
-    the noise angle of each (B,) or None, and the norm of the gradient.
+    nets: a Distillation. ema: the generator's averaged weights, which are updated here. share:
+    a slice, this process's part of the batch. group: the processes that exchange gradients.
+    Returns the losses, a dict of (B,); the noise angle of each (B,), or None for imitation,
+    which has none; and numbers for the log.
     """
     config, device = nets.real.config, next(nets.parameters()).device
-    noise, angle, share, _ = draw(step, rows, settings, config, device)
-    labels = (share * config.num_classes).long()
+    generator = generator_for(device, settings.seed, step, LABELS)
+    labels = torch.randint(config.num_classes, (settings.batch_size,), generator=generator,
+                           device=device)[share]
+    noise, angle, _, _ = draw(step, share, settings, config, device)
     imitating, matching = optimizers
     matched = step - settings.imitate_steps         # steps of matching so far
 
     if matched < 0:
-        optimizer = imitating
+        optimizer, phase_step, angle = imitating, step, None
         lr = learning_rate(step, settings.imitate_steps, settings.imitate_lr)
         with autocast(device, dtype):
-            target = teach(nets.real, noise, labels, settings)
+            target = imitation_target(nets.real, noise, labels, settings)
             values = imitation(nets.generator, noise, labels, target)
-        angle = None                                # this loss knows none
     else:
-        optimizer = matching
+        optimizer, phase_step = matching, matched
         lr = learning_rate(matched, settings.max_steps - settings.imitate_steps, settings.lr)
         if matched == 0:
-            nets.generator.load_state_dict(ema.state_dict())    # the average is better
-        new_noise = draw_gaussian(step, 2, rows, settings, config, device)
+            # The averaged weights draw better images.
+            nets.generator.load_state_dict(ema.state_dict())
+        new_noise = draw_noise(step, NEW_NOISE, share, settings, config, device)
         with autocast(device, dtype):
             values = distribution_matching(nets, noise, labels, new_noise, angle,
                                            settings.teacher_cfg)
 
     optimizer.zero_grad()
     values["loss"].mean().backward()
-    if WORLD > 1:
+    if WORLD_SIZE > 1:
         average_gradients(optimizer, group)
-    grad_norm = take_step([optimizer], lr, settings.grad_clip)
-    update_average(ema, nets.generator, settings.ema_decay, step if matched < 0 else matched)
-    return {name: value.detach() for name, value in values.items()}, angle, grad_norm
+    numbers = take_step([optimizer], lr, settings.grad_clip)
+    update_average(ema, nets.generator, settings.ema_decay, phase_step)
+    return {name: value.detach() for name, value in values.items()}, angle, numbers
 
 
-def teach(denoiser, noise, labels, settings):
-    """What the sampler draws from noise (B, T, C) with the same noise at every step."""
-    steps = settings.teacher_steps
-    angles = sampling_angles(steps, denoiser.config.max_angle)
-    scales = guidance_scales(steps, settings.teacher_cfg, cfg_skip=1)
-    drawn = generate(denoiser, labels, noise.expand(steps, *noise.shape), angles, scales)
-    return list(drawn)[-1]
+def imitation_target(denoiser, noise, labels, settings):
+    """What the sampler draws from noise (B, T, C) if every step gets that noise."""
+    same_noise = noise.expand(settings.teacher_steps, *noise.shape)
+    return predict(denoiser, labels, same_noise, settings.teacher_cfg, cfg_skip=1)[-1]
 
 
 # =============================================================================== the log
 
-BINS = 6        # the loss is also logged for sixths of the noise angles, by their law
+BINS = 6        # the loss is also logged for six equally likely bins of the noise angle
 
 
 class Log:
@@ -647,37 +717,53 @@ class Log:
         pair = torch.stack([torch.where(counted, values, 0).sum(), counted.sum()])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
-    def gather(self):
-        """Add up the sums of all processes, in the first one."""
-        if WORLD == 1 or not self.sums:
+    def reduce(self):
+        """Move the sums of all processes to rank 0."""
+        if WORLD_SIZE == 1 or not self.sums:
             return
         totals = torch.stack(list(self.sums.values())).cpu()
-        with with_the_others():
+        with exit_if_peer_died():
             dist.reduce(totals, 0)
         for name, pair in zip(self.sums, totals):
             pair = pair if RANK == 0 else torch.zeros(2)
             self.sums[name] = pair.to(self.sums[name].device)
 
-    def take_means(self):
+    def pop_means(self):
         """The means of all that was added since the last call."""
         names, totals = list(self.sums), torch.stack(list(self.sums.values())).cpu()
         self.sums = {}
         return dict(zip(names, (totals[:, 0] / totals[:, 1]).tolist()))
 
-    def put(self, row):
-        """Add a row, or complete that of the same step."""
-        if self.rows and self.rows[-1]["step"] == row["step"]:
-            self.rows[-1].update(row)
-        else:
-            self.rows.append(row)
-
 
 def angle_bins(config, settings, device):
-    """The inner edges of BINS equal shares of the noise law, (BINS - 1,) radians, and names."""
-    shares = torch.arange(1, BINS) / BINS
-    inner = noise_angle(shares, config.max_angle, settings.angle_mean, settings.angle_std)
+    """The inner edges of the bins, (BINS - 1,) radians, and the bins' names in the log."""
+    quantiles = torch.arange(1, BINS) / BINS
+    inner = noise_angle(quantiles, config.max_angle, settings.angle_mean, settings.angle_std)
     edges = [0.0, *torch.rad2deg(inner).tolist(), config.max_angle]
     return inner.to(device), [f"loss_{low:.4g}_{high:.4g}" for low, high in zip(edges, edges[1:])]
+
+
+def add_to_log(log, values, angle, numbers, bins):
+    """Add a step to the sums of the log; to log another number, add it here.
+
+    values: the losses, name -> (B,). angle: (B,) radians, or None. numbers: name -> a scalar
+    tensor, or a float. bins: of `angle_bins`. A name that starts with "loss_" is drawn as a
+    curve.
+    """
+    finite = torch.isfinite(numbers["grad_norm"])
+    for name, value in values.items():
+        log.add(name, value, finite)
+    for name, number in numbers.items():
+        if isinstance(number, float):
+            number = torch.full((), number, device=finite.device)       # without a wait
+        log.add(name, number, finite)
+    log.add("skipped", 1 - finite.float(), torch.ones_like(finite))
+    if angle is None:
+        return
+    inner, names = bins
+    found = torch.bucketize(angle, inner)
+    for k, name in enumerate(names):
+        log.add(name, values["loss"], finite & (found == k))
 
 
 def write_log(out_dir, rows):
@@ -692,8 +778,7 @@ def write_log(out_dir, rows):
     write_picture(out_dir / "curve.png", draw_curves(rows))
 
 
-def time_left(seconds):
-    """Seconds in words."""
+def format_duration(seconds):
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{round(seconds)} s"
@@ -705,38 +790,37 @@ def time_left(seconds):
     return f"{hours // 24} days {hours % 24} h"
 
 
-# ============================================================================== the run
+# ========================================================================== a training run
 
 @dataclass
 class Training:
-    """What a run was asked for, and what it has become."""
+    """The state of a run, and what it was asked for."""
 
     settings: Settings
     path: Path                      # of its checkpoint
-    device: torch.device
-    dtype: str                      # of autocast
-    group: object                   # of processes that exchange gradients; None: gloo's
+    machine: Machine
+    group: object                   # processes that exchange gradients; None: gloo's
     codec: torch.nn.Module
     classes: list                   # names
-    cache_key: str                  # of the latents; "" for distillation
+    cache_key: str                  # of the latents; "" when distilling
     config: ModelConfig
-    denoiser: Denoiser              # the network that will draw
+    denoiser: Denoiser              # the network that draws
     nets: Distillation              # it and its judges, or None
     ema: Denoiser                   # its averaged weights
     optimizers: list
     log: Log
     step: int = 0
-    stamp: int = None               # of the ckpt.pt that this run wrote last
+    mtime: int = None               # of the ckpt.pt that this run wrote last
 
     @property
-    def rows(self):
-        """This process's share of a batch, a slice."""
+    def share(self):
+        """This process's part of a batch, a slice."""
         size = self.settings.batch_size
-        return slice(RANK * size // WORLD, (RANK + 1) * size // WORLD)
+        return slice(RANK * size // WORLD_SIZE, (RANK + 1) * size // WORLD_SIZE)
 
 
-def make_training(settings, path, device, dtype, group, codec, classes, cache_key, start=None):
-    """A run at its beginning; start: a checkpoint whose weights it begins with."""
+def make_training(settings, path, machine, group, codec, classes, cache_key, start=None):
+    """A run at its beginning; start: a checkpoint whose averaged weights it begins with."""
     tokens, channels = latent_shape(settings.codec)
     max_angle = settings.max_angle or largest_angle(tokens, channels)
     config = ModelConfig(tokens, channels, len(classes), sphere=settings.sphere,
@@ -745,27 +829,27 @@ def make_training(settings, path, device, dtype, group, codec, classes, cache_ke
     denoiser = Denoiser(config)
     if start:
         adopt_weights(denoiser, start, classes)
-    denoiser = denoiser.to(device)
+    denoiser = denoiser.to(machine.device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     if settings.distill:
         nets = Distillation(denoiser)
-        optimizers = make_distill_optimizers(nets, settings, device)
+        optimizers = make_distill_optimizers(nets, settings, machine.device)
     else:
         nets = None
-        optimizers = make_optimizers(denoiser, settings, device)
-    return Training(settings, path, device, dtype, group, codec, classes, cache_key, config, denoiser,
-               nets, ema, optimizers, Log())
+        optimizers = make_optimizers(denoiser, settings, machine.device)
+    return Training(settings, path, machine, group, codec, classes, cache_key, config, denoiser,
+                    nets, ema, optimizers, Log())
 
 
 def adopt_weights(denoiser, start, classes):
     """Take a checkpoint's averaged weights; classes that it does not know keep random rows."""
     state = dict(start["ema"])
-    table = denoiser.classes.weight.detach().clone()
-    theirs = [*start["classes"], None]                  # None: the row of "no class"
+    table = denoiser.class_table.weight.detach().clone()
+    known = [*start["classes"], None]                   # None: the row of "no class"
     for row, name in enumerate([*classes, None]):
-        if name in theirs:
-            table[row] = state["classes.weight"][theirs.index(name)]
-    load_state(denoiser, {**state, "classes.weight": table}, "the checkpoint")
+        if name in known:
+            table[row] = state["class_table.weight"][known.index(name)]
+    load_state(denoiser, {**state, "class_table.weight": table}, "the checkpoint")
 
 
 def choose_compile(choice, settings, device):
@@ -778,20 +862,19 @@ def choose_compile(choice, settings, device):
     if not wanted:
         return False
 
-    error = can_compile(device)
+    error = try_compile(device)
     if error is None:
         return True
-    reason = " ".join(str(error).split())[:200]
     if choice == "on":
-        raise UserError(f"--compile on: does not work here ({reason}); use auto or off")
+        raise UserError(f"--compile on: does not work here ({in_one_line(error)}); use auto or off")
     if RANK == 0:
-        print(f"torch.compile does not work here, so steps take longer ({reason})")
+        print(f"goes on without torch.compile, which does not work here ({in_one_line(error)})")
     return False
 
 
 def compile_networks(training, choice):
     """Compile the networks in place, so that state dicts keep their names, if `choice` says so."""
-    if not choose_compile(choice, training.settings, training.device):
+    if not choose_compile(choice, training.settings, training.machine.device):
         return
     networks = training.nets.children() if training.nets else [training.denoiser]
     for network in networks:
@@ -801,10 +884,10 @@ def compile_networks(training, choice):
 
 
 def wrap_for_processes(training):
-    """The denoiser, in DDP if there are several processes."""
-    if WORLD == 1 or training.nets:
+    """The denoiser, in DDP if there are several processes and it is not being distilled."""
+    if WORLD_SIZE == 1 or training.nets:
         return training.denoiser
-    # torch.compile cuts the network where a bucket ends, so these are large.
+    # torch.compile cuts the network where a bucket ends, so buckets are large.
     return DDP(training.denoiser, process_group=training.group, bucket_cap_mb=100,
                gradient_as_bucket_view=True)
 
@@ -813,10 +896,12 @@ def wrap_for_processes(training):
 
 def save_checkpoint(training):
     """Write ckpt.pt, unless another run has written it meanwhile."""
-    if training.path.exists() and stamp_of(training.path) != training.stamp:
-        raise UserError(f"{training.path}: another run has written it meanwhile, so this one stops; "
-                        "give each an --out_dir of its own")
-    small = training.settings.codec in SMALL_CODECS
+    path = training.path
+    if path.exists() and path.stat().st_mtime_ns != training.mtime:
+        raise UserError(f"{path}: another run has written it meanwhile, so this one stops; give "
+                        "each an --out_dir of its own")
+    settings, codec = training.settings, training.codec
+    small = settings.codec in SMALL_CODECS
     contents = dict(
         format=CHECKPOINT_FORMAT,
         step=training.step,
@@ -825,50 +910,55 @@ def save_checkpoint(training):
         nets=training.nets.state_dict() if training.nets else None,
         optimizers=[optimizer.state_dict() for optimizer in training.optimizers],
         config=vars(training.config),
-        settings=vars(training.settings),
+        settings=vars(settings),
         classes=training.classes,
-        codec=dict(name=training.settings.codec, fingerprint=fingerprint(training.codec),
-                   weights=training.codec.state_dict() if small else None),
+        codec=dict(name=settings.codec, fingerprint=fingerprint(codec),
+                   weights=codec.state_dict() if small else None),
         cache_key=training.cache_key,
         log=training.log.rows,
         sums={name: pair.cpu() for name, pair in training.log.sums.items()})
-    write_file(training.path, lambda file: torch.save(contents, file))
-    training.stamp = stamp_of(training.path)
+    write_file(path, lambda file: torch.save(contents, file))
+    training.mtime = path.stat().st_mtime_ns
 
 
-def stamp_of(path):
-    """What tells a file from another that takes its place."""
-    return path.stat().st_mtime_ns
+def save_together(training):
+    """Save the checkpoint, with the sums of all processes in it."""
+    training.log.reduce()
+    on_rank0(lambda: save_checkpoint(training))
 
 
 def restore(training, saved):
-    """Continue from a checkpoint of this training."""
-    load_state(training.ema, saved["ema"], training.path)
+    """Continue from a checkpoint of this run."""
+    path, device = training.path, training.machine.device
+    load_state(training.ema, saved["ema"], path)
     if training.nets:
-        load_state(training.nets, saved["nets"], training.path)
+        load_state(training.nets, saved["nets"], path)
     else:
-        load_state(training.denoiser, saved["model"], training.path)
+        load_state(training.denoiser, saved["model"], path)
     for optimizer, theirs in zip(training.optimizers, saved["optimizers"]):
         state = theirs["state"]
-        if training.device.type == "cpu":
-            state = copy.deepcopy(state)        # not to write into the file, which is mapped
+        if device.type == "cpu":
+            state = copy.deepcopy(state)        # the saved one is mapped from the file
         groups = optimizer.state_dict()["param_groups"]         # of the present settings
         optimizer.load_state_dict(dict(state=state, param_groups=groups))
     training.step, training.log.rows = saved["step"], saved["log"]
     for name, pair in saved["sums"].items():
-        pair = pair if RANK == 0 else torch.zeros(2)            # they are of all processes
-        training.log.sums[name] = pair.to(training.device)
-    training.stamp = stamp_of(training.path)
+        pair = pair if RANK == 0 else torch.zeros(2)            # they are totals of all ranks
+        training.log.sums[name] = pair.to(device)
+    training.mtime = path.stat().st_mtime_ns
 
 
-def set_aside(out_dir):
-    """Move what an earlier run has written to a folder of its own."""
-    names = "ckpt.pt", "log.csv", "samples", "curve.png", "grid_*.png"
-    files = [file for name in names for file in out_dir.glob(name)]
-    if not files:
+def prepare_folder(training, resumed):
+    """Move what an earlier run has written to a folder of its own, unless this one goes on."""
+    out_dir = training.path.parent
+    for leftover in out_dir.glob("ckpt.pt.*.tmp"):          # of a save that was killed
+        leftover.unlink()
+    patterns = "ckpt.pt", "log.csv", "samples", "curve.png", "grid_*.png"
+    files = [file for pattern in patterns for file in out_dir.glob(pattern)]
+    if resumed or not files:
         return
-    stamp = time.strftime("earlier_%Y-%m-%d_%H.%M.%S")
-    aside = out_dir / f"{stamp}_{len(list(out_dir.glob('earlier_*'))) + 1}"
+    date = time.strftime("earlier_%Y-%m-%d_%H.%M.%S")
+    aside = out_dir / f"{date}_{len(list(out_dir.glob('earlier_*'))) + 1}"
     try:
         aside.mkdir()
         for file in files:
@@ -881,33 +971,41 @@ def set_aside(out_dir):
 
 # ---------------------------------------------------------------------------- what it shows
 
-def add_to_log(log, values, angle, grad_norm, bins):
-    """Add a step's losses to the sums of the log; the place to log another number.
+SHOWN = 12              # classes in a grid of samples
 
-    values: name -> (B,). angle: (B,), or None where the loss has nothing to do with one.
-    """
-    finite = torch.isfinite(grad_norm)
-    for name, value in values.items():
-        log.add(name, value, finite)
-    log.add("grad_norm", grad_norm, finite)
-    log.add("skipped", 1 - finite.float(), torch.ones_like(finite))
-    if angle is None:
+
+def describe(training, data, known):
+    """Print what is about to be trained. known: how many classes a checkpoint knew, or None."""
+    config, classes = training.config, len(training.classes)
+    images = "no images needed" if data is None else f"{(data.labels >= 0).sum():,} images"
+    familiar = "" if known is None else f" ({known} known to the checkpoint it starts from)"
+    print(f"{images}, {classes} classes{familiar}, latents {config.tokens}x{config.channels}, "
+          f"{WORLD_SIZE} x {training.machine.device.type}, from step {training.step:,}")
+    pairs = [f"{name}={value!r}" for name, value in vars(training.settings).items()]
+    print(textwrap.fill(" ".join(pairs), 88, subsequent_indent="  "), flush=True)
+    if classes > SHOWN:
+        print(f"grids of samples show the first {SHOWN} classes")
+
+
+def say(text, caught):
+    """Print on rank 0; a closed pipe counts as a signal to stop."""
+    if RANK > 0:
         return
-    inner, names = bins
-    place = torch.bucketize(angle, inner)
-    for k, name in enumerate(names):
-        log.add(name, values["loss"], finite & (place == k))
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        caught.append(signal.SIGTERM)
 
 
-def write_line(training, means, rate, seconds, caught):
-    """Finish a row of the log, print it, and write log.csv and curve.png."""
-    settings, step = training.settings, training.step
-    before = training.log.rows[-1]["step"] if training.log.rows else 0
-    means["skipped"] = round(means["skipped"] * (step - before))        # steps
-    training.log.put(dict(step=step, **means, images_per_s=rate, seconds=seconds))
-    write_log(training.path.parent, training.log.rows)
+def write_line(training, means, rate, elapsed, caught):
+    """Complete a row of the log, print it, and write log.csv and curve.png."""
+    settings, step, rows = training.settings, training.step, training.log.rows
+    previous = rows[-1]["step"] if rows else 0
+    means["skipped"] = round(means["skipped"] * (step - previous))      # in steps
+    rows.append(dict(step=step, **means, images_per_s=rate, seconds=elapsed))
+    write_log(training.path.parent, rows)
 
-    left = time_left((settings.max_steps - step) * settings.batch_size / rate)
+    left = format_duration((settings.max_steps - step) * settings.batch_size / rate)
     shown = [f"{name} {value:.4g}" for name, value in means.items()
              if not name.startswith("loss_") and (name != "skipped" or value)]
     parts = [f"step {step:,} of {settings.max_steps:,}", *shown, f"{rate:.4g} images/s",
@@ -915,19 +1013,24 @@ def write_line(training, means, rate, seconds, caught):
     say("  ".join(parts), caught)
 
 
-SHOWN = 12              # classes in a grid of samples
+def say_how_long(steps, step_time, caught):
+    """After the second step: how long the others will take."""
+    left = steps * step_time
+    hint = ""
+    if left > 24 * 3600:
+        hint = "; a GPU, a smaller --preset or fewer --max_steps would shorten that"
+    say(f"about {format_duration(left)} for {steps:,} more steps{hint}", caught)
 
 
 def write_samples(training):
-    """A grid of samples in samples/, always from the same noise: a column a class."""
-    settings = training.settings
+    """A grid of samples in samples/, always from the same noise, with a column per class."""
     shown = training.classes[:SHOWN]
     labels = torch.arange(len(shown)).repeat(6)
-    batches = draw_batches(training.ema, training.codec, labels, [list(range(len(labels)))],
-                           dtype=training.dtype, **settings.sampling())
+    batches = generate_batches(training.ema, training.codec, labels, [list(range(len(labels)))],
+                               dtype=training.machine.dtype, **training.settings.sampling())
     images = np.concatenate(list(batches))
-    grid = make_grid(grid_rows(images, shown * 6, len(shown)))
-    write_picture(training.path.parent / f"samples/step_{training.step:06d}.png", grid)
+    picture = draw_grid(make_grid(images, shown * 6, len(shown)))
+    write_picture(training.path.parent / f"samples/step_{training.step:06d}.png", picture)
 
 
 @dataclass(frozen=True)
@@ -939,17 +1042,22 @@ class Evaluation:
     sigma: np.ndarray
 
 
-def prepare_evaluation(training, data_dir, workers):
+def prepare_evaluation(training):
     """Open the network and the reference of --eval_every. Raises UserError if one is missing."""
-    settings = training.settings
-    if settings.eval_features == "inception":
-        extractor = in_turn(lambda: fid.inception_extractor(training.device))
-    else:
-        extractor = fid.codec_extractor(settings.codec, training.codec, training.device)
-    where = settings.eval_ref or settings.dataset
-    reference = from_first(lambda: fid.open_set(where, data_dir))
-    size = extractor.size or training.codec.image_size
-    mu, sigma = fid.reference_moments(reference, extractor, size, workers)
+    settings, codec, machine = training.settings, training.codec, training.machine
+    reference_path = settings.eval_ref or settings.dataset
+
+    def open_both():
+        if settings.eval_features == "inception":
+            extractor = fid.inception_extractor(machine.device)
+        else:
+            extractor = fid.codec_extractor(codec, machine.device)
+        return extractor, fid.open_set(reference_path, machine.data_dir)
+
+    on_rank0(lambda: open_both() and None)      # what is missing is said by one process only
+    extractor, reference = open_both()
+    size = extractor.size or codec.image_size
+    mu, sigma = fid.reference_moments(reference, extractor, size, machine.workers)
     return Evaluation(extractor, mu, sigma)
 
 
@@ -958,12 +1066,12 @@ def evaluate(training, evaluation, caught):
     settings, extractor = training.settings, evaluation.extractor
     labels = torch.arange(settings.eval_images) % len(training.classes)
     batches = split_batches(len(labels), 100)
-    drawn = draw_batches(training.ema, training.codec, labels, batches, dtype=training.dtype,
-                         **settings.sampling())
-    mu, sigma = fid.moments_of(drawn, extractor)
+    images = generate_batches(training.ema, training.codec, labels, batches,
+                              dtype=training.machine.dtype, **settings.sampling())
+    mu, sigma = fid.moments_of(images, extractor)
     if RANK == 0:
         distance = fid.frechet_distance(mu, sigma, evaluation.mu, evaluation.sigma)
-        training.log.put({"step": training.step, "eval_fid": distance})
+        training.log.rows[-1]["eval_fid"] = distance
         write_log(training.path.parent, training.log.rows)
         say(f"step {training.step:,}: Frechet distance {distance:.4g} of {len(labels):,} samples, "
             f"in features of {extractor.name}", caught)
@@ -971,86 +1079,87 @@ def evaluate(training, evaluation, caught):
 
 # ---------------------------------------------------------------------------------- the loop
 
-BAD_STEPS = 10          # so many steps without a finite gradient, one after another, end a run
+BAD_STEPS = 10          # a run ends after so many steps in a row without a finite gradient
 
 
 def catch_signals():
-    """A list that signals are added to, so that a run can finish its step and save."""
+    """A list to which signals are added, so that a run can finish its step and save."""
     caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        if number == signal.SIGINT and WORLD_SIZE == 1:
+            print("finishing the step; Ctrl-C again ends the run without saving", flush=True)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):        # Windows has no SIGHUP
         number = getattr(signal, name, None)
-        # nohup has SIGHUP ignored, and so it stays.
+        # nohup ignores SIGHUP, and it stays ignored.
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, _: caught.append(number))
+            signal.signal(number, catch)
     return caught
 
 
 def any_process(flag):
     """Whether a flag is true in any process."""
-    if WORLD == 1:
-        return bool(flag)
-    count = torch.tensor(int(bool(flag)))
-    with with_the_others():
-        dist.all_reduce(count)
+    count = sum_over_processes(torch.tensor(int(flag)))
     return count.item() > 0
-
-
-def save_together(training):
-    """Save the checkpoint, with the sums of all processes in it."""
-    training.log.gather()
-    from_first(lambda: save_checkpoint(training))
 
 
 def train(training, model, data, evaluation, caught):
     """Take the steps that are left.
 
-    model: the denoiser, or DDP around it. data: CachedLatents or LiveLatents; None when
-    distilling. evaluation: an Evaluation, or None. caught: a list of signals.
+    model: the denoiser, or DDP around it. data: LatentsOnCard, LatentsInMemory, LatentsOnDisk
+    or LiveLatents; None when distilling. evaluation: an Evaluation, or None. caught: a list of
+    signals. Returns whether the run is saved as it is at the end.
     """
-    settings, config, device = training.settings, training.config, training.device
+    settings, config = training.settings, training.config
+    device, dtype, share = training.machine.device, training.machine.dtype, training.share
     bins = angle_bins(config, settings, device)
-    bad = torch.zeros((), device=device)        # steps in a row that were skipped
-    before = training.log.rows[-1].get("seconds", 0) if training.log.rows else 0
-    begun = time.time() - before
+    bad = torch.zeros((), device=device)        # steps in a row without a finite gradient
+    earlier = training.log.rows[-1].get("seconds", 0) if training.log.rows else 0
+    begun = time.time() - earlier
     clock, clock_step = time.time(), training.step
     first_step = training.step
 
-    # A thread reads the next batch while this one is learnt from.
+    # A thread reads the next batch while the network learns from this one.
     reader = ThreadPoolExecutor(1)
+    problem = None
     if data:
         usable = np.flatnonzero(data.labels >= 0)
-        ahead = reader.submit(read_batch, data, usable, training.step, training.rows, settings)
+        ahead = reader.submit(read_batch, data, usable, training.step, share, settings)
 
     while training.step < settings.max_steps:
         # A signal to any process, or an image that it cannot read, stops all of them.
-        problem = ahead.exception() if data else None
-        if any_process(caught or problem):
+        if data:
+            problem = ahead.exception()
+        if any_process(bool(caught) or problem is not None):
             break
 
         # One step.
         if settings.distill:
-            values, angle, grad_norm = distill_step(
-                training.nets, training.ema, training.optimizers, training.step, training.rows, settings, training.dtype,
-                training.group)
+            values, angle, numbers = distill_step(
+                training.nets, training.ema, training.optimizers, training.step, share,
+                settings, dtype, training.group)
         else:
-            x, labels = ahead.result()
-            z, labels = data.place(x), move(labels, device)
-            ahead = reader.submit(read_batch, data, usable, training.step + 1, training.rows, settings)
-            noise, angle, share, dropped = draw(training.step, training.rows, settings, config, device)
+            batch, labels = ahead.result()
+            z, labels = data.to_latents(batch), move(labels, device)
+            ahead = reader.submit(read_batch, data, usable, training.step + 1, share, settings)
+            noise, angle, ratio, dropped = draw(training.step, share, settings, config, device)
             labels = labels.masked_fill(dropped, config.num_classes)
-            batch = z, labels, noise, angle, share
-            values, grad_norm = train_step(model, training.optimizers, training.step, batch, settings,
-                                           training.dtype)
+            values, numbers = train_step(model, training.optimizers, training.step,
+                                         (z, labels, noise, angle, ratio), settings, dtype)
             update_average(training.ema, training.denoiser, settings.ema_decay, training.step)
-        add_to_log(training.log, values, angle, grad_norm, bins)
+        add_to_log(training.log, values, angle, numbers, bins)
         training.step += 1
 
-        # Counted on the device, so that the program does not wait for it at every step.
-        bad = torch.where(bad < BAD_STEPS, (bad + 1) * ~torch.isfinite(grad_norm), bad)
+        # Counted on the device, so that the program need not wait for each step. Once it has
+        # reached BAD_STEPS, the count stays there until it is looked at.
+        bad = torch.where(bad < BAD_STEPS, (bad + 1) * ~torch.isfinite(numbers["grad_norm"]), bad)
         if training.step == first_step + 1:
             after_first = time.time()
         if training.step == first_step + 2:
-            grad_norm.item()                    # waits for the device
+            numbers["grad_norm"].item()         # waits for the device
             say_how_long(settings.max_steps - training.step, time.time() - after_first, caught)
 
         # What happens every so many steps.
@@ -1060,86 +1169,71 @@ def train(training, model, data, evaluation, caught):
         evaluating = evaluation and (last or training.step % settings.eval_every == 0)
         logging = last or evaluating or training.step % settings.log_every == 0
         if logging or saving:
-            training.log.gather()
+            training.log.reduce()
             end_if_bad(bad, training)
         if logging:
-            means, now = training.log.take_means(), time.time()
+            means, now = training.log.pop_means(), time.time()
             rate = (training.step - clock_step) * settings.batch_size / (now - clock)
             if RANK == 0:
                 write_line(training, means, rate, now - begun, caught)
         if evaluating:
             evaluate(training, evaluation, caught)
-        if saving and (last or bad == 0):       # while steps are skipped, weights may be spoilt
+        if saving and (last or bad == 0):       # weights may be bad where gradients are
             save_together(training)
         if sampling and RANK == 0:
             write_samples(training)
         if logging or saving or sampling or evaluating:
-            barrier()                           # by gloo, for NCCL waits ten minutes only
+            barrier()                           # by gloo: NCCL's would time out
             clock, clock_step = time.time(), training.step
 
     reader.shutdown(cancel_futures=True)
-    if training.step < settings.max_steps:
+    if training.step < settings.max_steps and bad == 0:
         save_together(training)
-        if problem:
-            raise problem
+    if problem is not None:
+        raise problem
+    return bool(bad == 0)
 
 
 def end_if_bad(bad, training):
     """End a run whose gradients are not finite any more."""
-    if bad < BAD_STEPS:
-        return
     def fail():
-        raise UserError(f"no finite gradient for {BAD_STEPS} steps, to step {training.step}: run the "
-                        f"command again with --resume --lr {training.settings.lr / 3:.1g}")
-    from_first(fail)
+        raise UserError(f"no finite gradient for {BAD_STEPS} steps, to step {training.step}: run "
+                        f"the command again with --resume --lr {training.settings.lr / 3:.1g}")
 
-
-def say_how_long(steps, seconds, caught):
-    """After the second step, which took so many seconds: how long the others will take."""
-    left = steps * seconds
-    hint = ""
-    if left > 24 * 3600:
-        hint = "; a GPU, a smaller --preset or fewer --max_steps shorten that"
-    say(f"about {time_left(left)} for {steps:,} more steps{hint}", caught)
-
-
-def say(text, caught):
-    """Print in the first process; a pipe that is closed counts as a signal."""
-    if RANK > 0:
-        return
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        caught.append(signal.SIGTERM)
+    if bad >= BAD_STEPS:
+        on_rank0(fail)
 
 
 # --------------------------------------------------------------------------------- the bench
 
 def bench(training, model):
     """Print the rate of steps on random latents, and how near it comes to a matrix product's."""
-    settings, config, device = training.settings, training.config, training.device
-    noise, angle, share, dropped = draw(0, training.rows, settings, config, device)
-    batch = noise.flip(1), dropped.long(), noise, angle, share      # flipped noise as latents
+    settings, config, device = training.settings, training.config, training.machine.device
+    dtype, share = training.machine.dtype, training.share
+    noise, angle, ratio, dropped = draw(0, share, settings, config, device)
+    batch = torch.randn_like(noise), torch.zeros_like(dropped).long(), noise, angle, ratio
 
     def step():
         if settings.distill:
-            return distill_step(training.nets, training.ema, training.optimizers, settings.imitate_steps + 1,
-                                training.rows, settings, training.dtype, training.group)[2]
-        return train_step(model, training.optimizers, 0, batch, settings, training.dtype)[1]
+            matching = settings.imitate_steps + 1
+            return distill_step(training.nets, training.ema, training.optimizers, matching, share,
+                                settings, dtype, training.group)[2]["grad_norm"]
+        return train_step(model, training.optimizers, 0, batch, settings, dtype)[1]["grad_norm"]
 
-    images = settings.batch_size / seconds(step, 20)
-    peak = matrix_product_rate(device, training.dtype)
+    images = settings.batch_size / time_per_call(step, 20)
+    peak = matrix_product_rate(device, dtype)
     if RANK > 0:
         return
-    # In forward passes: training takes three, and a consistency target one more; matching
-    # six for two networks, and two for the guided teacher.
+
+    # In forward passes: forward and backward are three, the consistency loss's target one.
+    # Matching trains two networks, which is six, and asks a guided denoiser, which is two.
     passes = 8 if settings.distill else 4 if settings.consistency_weight else 3
-    used = images * passes * flops(config) / WORLD
+    used = images * passes * flops(config) / WORLD_SIZE
     memory = ""
     if device.type == "cuda":
         memory = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB at most"
     print(f"{'distilling' if settings.distill else 'training'} {settings.preset} on latents "
-          f"{config.tokens}x{config.channels}, batch {settings.batch_size}, {WORLD} x "
+          f"{config.tokens}x{config.channels}, batch {settings.batch_size}, {WORLD_SIZE} x "
           f"{device.type}: {images:.4g} images/s, {used / 1e12:.4g} TFLOP/s each, "
           f"{used / peak:.0%} of a large matrix product's {peak / 1e12:.4g}{memory}")
 
@@ -1148,127 +1242,101 @@ def matrix_product_rate(device, dtype):
     """FLOP/s of a large matrix product in the type that training multiplies in."""
     size = 8192 if device.type == "cuda" else 1024
     with autocast(device, dtype):
-        a = torch.randn(size, size, device=device)
-        kind = (a[:8, :8] @ a[:8, :8]).dtype
-        a = a.to(kind)
-        return 2 * size**3 / seconds(lambda: a @ a, 10)
+        bf16 = torch.is_autocast_enabled(device.type)
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    return 2 * size**3 / time_per_call(lambda: a @ a, 10)
 
 
 # -------------------------------------------------------------------------------- the script
 
-def open_data(settings, codec, live, key, data_dir, device, dtype, workers, skip_bad):
-    """CachedLatents or, if live, LiveLatents; the classes; and the key of the latents.
+def open_data(settings, codec, machine, live, key, skip_bad):
+    """The latents to train on, as `train` takes them; their classes, and their key.
 
-    key: that of a resumed run, which takes no other latents; or "".
+    live: encode each batch as it is needed. key: that of a resumed run, which takes no other
+    latents; or "".
     """
     if not live:
-        cache = open_cache(settings.dataset, settings.codec, codec, settings.flip, key, data_dir,
-                           device, dtype, workers, skip_bad)
-        data = CachedLatents(cache, device, load_latents(cache, device))
-        return data, cache.classes, cache.key
+        cache = open_cache(settings.dataset, codec, machine, settings.flip, key, skip_bad)
+        return place_latents(cache, machine.device), cache.classes, cache.key
 
-    dataset = from_first(lambda: find_dataset(settings.dataset, data_dir))
+    dataset = on_rank0(lambda: find_dataset(settings.dataset, machine.data_dir))
     new_key = cache_key(fingerprint(codec), dataset.digest, settings.flip)
     if key not in ("", new_key):
         raise UserError(f"{dataset.name}: has changed since this run began; use a new --out_dir")
     labels = np.tile(dataset.labels, 2) if settings.flip else dataset.labels
-    pool = ThreadPoolExecutor(workers)
-    data = LiveLatents(dataset, labels, codec, device, dtype, pool)
-    return data, dataset.classes, new_key
-
-
-def prepare_folder(training, resumed):
-    """Make room in the run's folder, which holds what an earlier run has written."""
-    out_dir = training.path.parent
-    for leftover in out_dir.glob("ckpt.pt.*.tmp"):          # of a save that was killed
-        leftover.unlink()
-    if not resumed:
-        set_aside(out_dir)
-
-
-def describe(training, data, known):
-    """Print what is about to be trained. known: how many classes a checkpoint knew, or None."""
-    config, classes = training.config, len(training.classes)
-    images = "no images needed" if data is None else f"{(data.labels >= 0).sum():,} images"
-    familiar = "" if known is None else f" ({known} known to the checkpoint it starts from)"
-    print(f"{images}, {classes} classes{familiar}, latents {config.tokens}x{config.channels}, "
-          f"{WORLD} x {training.device.type}, from step {training.step:,}")
-    pairs = [f"{name}={value!r}" for name, value in vars(training.settings).items()]
-    print(textwrap.fill(" ".join(pairs), 88, subsequent_indent="  "), flush=True)
-    if classes > SHOWN:
-        print(f"grids of samples show the first {SHOWN} classes")
+    pool = ThreadPoolExecutor(machine.workers)
+    return LiveLatents(dataset, labels, codec, machine, pool), dataset.classes, new_key
 
 
 def main():
     args, flags = parse_args()
     if args.live and args.skip_bad:
         raise UserError("--live: encodes images as they are read; use --skip_bad without it")
-    device = join(args.device, args.weights_dir)
-    plan = from_first(lambda: plan_run(flags, args.out_dir, args.resume, args.data_dir))
-    settings, path, source, resumed = plan
-    start = load_checkpoint(source) if source else None
+    device = join_processes(args.device, args.weights_dir)
+    machine = Machine(device, args.dtype, args.data_dir, args.workers)
+    plan = on_rank0(lambda: make_plan(flags, args.out_dir, args.resume, args.data_dir))
+    settings, path, resumed = plan.settings, plan.path, plan.resumed
+    start = load_checkpoint(plan.source) if plan.source else None
     if resumed and start["step"] >= settings.max_steps:
         if RANK == 0:
             print(f"{path}: is complete, with {start['step']:,} steps; a larger --max_steps "
                   "goes on")
         return
     group = None
-    if WORLD > 1 and device.type == "cuda":
+    if WORLD_SIZE > 1 and device.type == "cuda":
         # A node that compiles without a cache may keep the others waiting for long.
         group = dist.new_group(backend="nccl", timeout=timedelta(hours=2))
 
     if args.bench:
         classes = start["classes"] if start else [""] * 1000
-        training = make_training(settings, path, device, args.dtype, group, None, classes, "",
-                                 start)
+        training = make_training(settings, path, machine, group, None, classes, "", start)
         compile_networks(training, args.compile)
         bench(training, wrap_for_processes(training))
         return
 
     # The codec and the data, encoded first if need be.
-    decoder = RANK == 0 or settings.eval_every > 0          # others have nothing to decode
+    decoder = RANK == 0 or settings.eval_every > 0          # other ranks decode nothing
     if start:
-        codec = load_codec_of(start, device, decoder)
+        codec = load_checkpoint_codec(start, device, decoder)
     else:
-        codec = prepare_codec(settings.codec, settings.dataset, args.data_dir, device,
-                              args.workers, args.fit_steps, skip_bad=args.skip_bad,
-                              decoder=decoder)
+        codec = prepare_codec(settings.codec, settings.dataset, machine, args.fit_steps,
+                              skip_bad=args.skip_bad, decoder=decoder)
     if settings.distill:
         data, classes, key = None, start["classes"], ""     # distillation needs noise only
     else:
         key = start["cache_key"] if resumed else ""
-        data, classes, key = open_data(settings, codec, args.live, key, args.data_dir, device,
-                                       args.dtype, args.workers, args.skip_bad)
+        data, classes, key = open_data(settings, codec, machine, args.live, key, args.skip_bad)
     if len(classes) == 1 and not resumed and "cfg_scale" not in flags:
-        settings = replace(settings, cfg_scale=1.0)         # guidance takes two classes
+        settings = replace(settings, cfg_scale=1.0)         # guidance needs two classes
 
     # The networks, from the beginning or as they were.
     known = None
     if start and not resumed:
         known = len(set(classes) & set(start["classes"]))
-    training = make_training(settings, path, device, args.dtype, group, codec, classes, key,
+    training = make_training(settings, path, machine, group, codec, classes, key,
                              None if resumed else start)
     if resumed:
         restore(training, start)
     start = None                # closes the file
     compile_networks(training, args.compile)
-    evaluation = None
-    if settings.eval_every:
-        evaluation = prepare_evaluation(training, args.data_dir, args.workers)
+    evaluation = prepare_evaluation(training) if settings.eval_every else None
 
-    # All that can fail has come before anything is written.
-    from_first(lambda: prepare_folder(training, resumed))
+    # All checks have passed; only now is the run's folder touched.
+    on_rank0(lambda: prepare_folder(training, resumed))
     if RANK == 0:
         describe(training, data, known)
     caught = catch_signals()
-    train(training, wrap_for_processes(training), data, evaluation, caught)
-    if RANK == 0 and training.step < settings.max_steps:
-        print(f"stopped at step {training.step:,}, saved in {path}; run the same command with "
-              "--resume to go on")
-    elif RANK == 0:
-        script = shlex.quote(str(Path(sys.argv[0]).with_name("sample.py")))
-        print(f"done: {path}, grids in {path.parent / 'samples'}")
-        print(f"next: python {script} --ckpt {shlex.quote(str(path.parent))}")
+    saved = train(training, wrap_for_processes(training), data, evaluation, caught)
+    if RANK > 0:
+        return
+    if training.step < settings.max_steps:
+        state = f"saved in {path}" if saved else "not saved, for its last gradients are not finite"
+        print(f"stopped at step {training.step:,}, {state}; run the same command with --resume to "
+              "go on")
+        return
+    script = shlex.quote(str(Path(sys.argv[0]).with_name("sample.py")))
+    print(f"done: {path}, grids in {path.parent / 'samples'}")
+    print(f"next: python {script} --ckpt {shlex.quote(str(path.parent))}")
 
 
 if __name__ == "__main__":
