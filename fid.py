@@ -3,6 +3,7 @@
     python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz      # as ADM's evaluator does
     python fid.py samples/ --ref path/to/folder --metrics fid is         # folders of images, too
     python fid.py samples.npz --ref shapes --features codec --metrics fid agreement     # offline
+    python fid.py samples.npz --ref shapes --features classifier --metrics fid agreement
     python fid.py samples.npz --ref flowers --save_stats flowers.npz     # measured once, kept
 """
 import contextlib
@@ -376,27 +377,40 @@ def train_classifier(images, labels, num_classes, epochs=10):
     return net.eval()
 
 
-def agreement(reference, samples, workers):
-    """How often a classifier finds the class that a sample was asked to be of.
+@dataclass(frozen=True)
+class Judge:
+    """A classifier of a dataset, and the images that it learned from and those it did not."""
 
-    The classifier learns from nine tenths of the reference. Returns its accuracy on the
-    samples, and on the held-out tenth.
-    """
-    def load(dataset):
-        chosen = shuffled(len(dataset))[:KEPT_SAMPLES]
-        images = torch.from_numpy(dataset.load_all(chosen, 32, workers))
-        return images, torch.from_numpy(dataset.labels[chosen]).long()
+    net: Classifier
+    seen: Dataset           # nine tenths of the images, at 32 pixels
+    unseen: Dataset         # one tenth
 
-    images, labels = load(reference)
+
+def train_judge(dataset, workers):
+    """Train a classifier on nine tenths of a dataset with labels. Returns a Judge."""
+    chosen = shuffled(len(dataset))[:KEPT_SAMPLES]
+    images, labels = dataset.load_all(chosen, 32, workers), dataset.labels[chosen]
     torch.manual_seed(0)
-    held_out = torch.rand(len(images)) < 0.1
-    net = train_classifier(images[~held_out], labels[~held_out], len(reference.classes))
-    accuracies = []
-    for x, y in (load(samples), (images[held_out], labels[held_out])):
+    unseen = torch.rand(len(images)).numpy() < 0.1
+    parts = []
+    for mask in (~unseen, unseen):
+        parts.append(Dataset(dataset.name, dataset.classes, labels[mask], images[mask]))
+    seen_images = torch.from_numpy(parts[0].source)
+    seen_labels = torch.from_numpy(parts[0].labels).long()
+    net = train_classifier(seen_images, seen_labels, len(dataset.classes))
+    return Judge(net, *parts)
+
+
+def agreement(judge, dataset, workers):
+    """How often the judge finds the class of a dataset's images to be that of their labels."""
+    right = []
+    for start in range(0, min(len(dataset), KEPT_SAMPLES), 500):
+        part = range(start, min(start + 500, len(dataset), KEPT_SAMPLES))
+        images = dataset.load_all(part, 32, workers)
         with torch.no_grad():
-            predicted = torch.cat([net(to_float(part)).argmax(1) for part in x.split(500)])
-        accuracies.append((predicted == y).double().mean().item())
-    return accuracies
+            predicted = judge.net(to_float(images)).argmax(1).numpy()
+        right.append(predicted == dataset.labels[part])
+    return float(np.concatenate(right).mean())
 
 
 # ------------------------------------------------------------------ networks of features
@@ -415,6 +429,17 @@ class Extractor:
         """(B, S, S, 3) uint8 -> dict of features on the device, with pool3 (B, F)."""
         with torch.no_grad():
             return self.net(torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2))
+
+
+class ClassifierFeatures(nn.Module):
+    """What a classifier's last layer gets: features of a kind that no generator was trained on."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.layers = nn.Sequential(*list(classifier)[:-1])
+
+    def forward(self, images):
+        return dict(pool3=self.layers(images / 255))
 
 
 class PooledLatents(nn.Module):
@@ -447,6 +472,12 @@ def codec_extractor(codec, device):
                      device)
 
 
+def classifier_extractor(judge, device):
+    """A judge's features, of 128 numbers."""
+    net = ClassifierFeatures(judge.net).to(device)
+    return Extractor("classifier", net, judge.net[-1].in_features, 32, device)
+
+
 def find_codec(typed, reference, data_dir, device):
     """The codec that --codec names, or by default that of the reference.
 
@@ -474,10 +505,12 @@ def find_codec(typed, reference, data_dir, device):
     return load_codec(name, path, device, decoder=False)
 
 
-def choose_extractor(features, codec, reference, data_dir, device):
-    """The network that --features and --codec name."""
+def choose_extractor(features, codec, judge, reference, data_dir, device):
+    """The network that --features and --codec name. judge: for the classifier's features."""
     if features == "inception":
         return inception_extractor(device)
+    if features == "classifier":
+        return classifier_extractor(judge, device)
     return codec_extractor(find_codec(codec, reference, data_dir, device), device)
 
 
@@ -701,8 +734,9 @@ def parse_args():
     add("--json", action="store_true", help="print a last line of JSON, too")
     add("--save_stats", metavar="FILE", type=user_path,
         help="write the reference's statistics to this npz")
-    add("--features", default="inception", choices=["inception", "codec"],
-        help="the network that compares; default: inception")
+    add("--features", default="inception", choices=["inception", "codec", "classifier"],
+        help="the network that compares: Inception's (the default), the codec's encoder, or a "
+             "classifier trained on nine tenths of the reference, which then is the other tenth")
     add("--codec", type=user_path, metavar="CODEC",
         help="for --features codec: a name, a checkpoint, or a codec's file; default: the "
              "reference's")
@@ -727,14 +761,29 @@ def main():
     if args.save_stats:
         check_writable(Path(args.save_stats).parent, "--save_stats")
 
-    # The agreement of classes has a network of its own.
-    values, measured, network = {}, {}, ""
+    # A classifier of the reference judges classes, and may provide features.
+    values, judge, classes = {}, None, reference.images.classes
+    can_judge = 1 < len(classes) <= len(reference.images) / 50
+    if args.features == "classifier":
+        if not can_judge or args.save_stats:
+            raise UserError("--features classifier: takes a dataset with classes of 50 images or "
+                            "more as --ref, and no --save_stats")
+    if can_judge and ("agreement" in args.metrics or args.features == "classifier"):
+        judge = train_judge(reference.images, args.workers)
+    labeled = samples.images.labels.min() >= 0 and samples.images.classes in ([], classes)
+    if "agreement" in args.metrics and judge and labeled:
+        values["agreement"] = agreement(judge, samples.images, args.workers)
+        values["agreement_real"] = agreement(judge, judge.unseen, args.workers)
+
+    measured, network = {}, ""
     compared = [name for name in args.metrics if name != "agreement"]
     if compared or args.save_stats:
-        extractor = choose_extractor(args.features, args.codec, args.ref or args.samples,
+        extractor = choose_extractor(args.features, args.codec, judge, args.ref or args.samples,
                                      args.data_dir, device)
         network = extractor.name
         size = extractor.size or side
+        if args.features == "classifier":
+            reference = ImageSet(args.ref, judge.unseen, {})
         wanted = METRICS if args.save_stats else args.metrics
         measured = measure_reference(reference, extractor, size, wanted, args.workers)
         if args.save_stats:
@@ -745,14 +794,12 @@ def main():
             print(f"warning: fewer than {extractor.width} images bias the distance upwards",
                   file=sys.stderr)
         batches = image_batches(samples.images, size, args.workers)
-        values = compare(measure(batches, count, extractor, compared), measured, compared, device)
-
-    classes = reference.images.classes
-    labelled = samples.images.labels.min() >= 0 and samples.images.classes in ([], classes)
-    enough = 1 < len(classes) <= len(reference.images) / 50
-    if "agreement" in args.metrics and labelled and enough:
-        values["agreement"], values["agreement_real"] = agreement(
-            reference.images, samples.images, args.workers)
+        values.update(compare(measure(batches, count, extractor, compared), measured, compared,
+                              device))
+        if args.features == "classifier" and "fid" in values:
+            seen = reference_moments(ImageSet(args.ref, judge.seen, {}), extractor, size,
+                                     args.workers)
+            values["fid_real"] = frechet_distance(*seen, measured["mu"], measured["sigma"])
     report(args, values, network, len(samples.images), int(measured.get("count", 0)))
 
 
@@ -765,9 +812,12 @@ def save_stats(path, measured):
 def report(args, values, network, num_samples, num_references):
     """Print the values, what was left out and why, and perhaps a line of JSON."""
     left_out = {name: NEEDS[name] for name in args.metrics if name not in values}
+    titles = {"agreement_real": "agreement of unseen real images",
+              "fid_real": "the same of the real images that the classifier has seen"}
+    if network != "inception":
+        titles["fid"] = f"Frechet distance of {network}"
     for name, value in values.items():
-        if name == "fid" and network != "inception":
-            name = f"Frechet distance of {network}"
+        name = titles.get(name, name)
         shown = round(value, 5) + 0.0           # not -0.00000
         compared = f", {args.ref}" if args.ref else ""
         print(f"{name:15} {shown:12.5f}  ({num_samples} samples{compared})")

@@ -1455,10 +1455,16 @@ def test_class_agreement_tells_images_of_the_class_asked_for_from_others(tmp_pat
     monkeypatch.setattr(encode, "SHAPES_COUNT", 2500)
     wrong = np.where(np.arange(120) < 60, labels, (labels + 3) % 10)
     np.savez(tmp_path / "s.npz", arr_0=images, arr_1=wrong)
-    values = measured("fid.py s.npz --metrics agreement --ref shapes", tmp_path)
-    assert 0.4 < values["agreement"] < 0.6
+    line = "fid.py s.npz --metrics fid agreement --features classifier --ref shapes"
+    values = measured(line, tmp_path)
+    assert 0.4 < values["agreement"] < 0.6 and values["agreement_real"] > 0.8
+    np.savez(tmp_path / "s.npz", arr_0=images[:, ::-1], arr_1=labels)
+    upside_down = measured(line, tmp_path)
+    assert upside_down["fid"] > values["fid"] > values["fid_real"] / 2 > 0
     draw_folder(tmp_path / "few", each=3)
     fails_clearly(script("fid.py s.npz --metrics agreement --ref few", tmp_path), "50 images")
+    line = "fid.py s.npz --features classifier --ref few"
+    fails_clearly(script(line, tmp_path), "--features classifier", "50 images")
 
 
 # ------------------------------------------------------------------ mistakes, and README
