@@ -746,37 +746,18 @@ def parse_args():
 def main():
     args = parse_args()
     device = join_processes(args.device, args.weights_dir)
-    if WORLD_SIZE > 1:
-        raise UserError("fid.py runs in one process; start it with python")
-    if args.ref is None and list(args.metrics) != ["is"]:
-        raise UserError("--ref: only the Inception Score (--metrics is) does without")
-    samples = open_set(args.samples, args.data_dir)
-    reference = open_set(args.ref, args.data_dir) if args.ref else samples
-    for image_set in (samples, reference):
-        if len(image_set.images) < 2 and "mu" not in image_set.statistics:
-            raise UserError(f"{image_set.where}: holds fewer than 2 images")
-    if len(samples.images) < 2:
-        raise UserError(f"{samples.where}: holds statistics, not images")
-    side = sample_size(samples)
-    if args.save_stats:
-        check_writable(Path(args.save_stats).parent, "--save_stats")
+    samples, reference, side = open_both(args)
+    compared = [name for name in args.metrics if name != "agreement"]
+    values, measured, network = {}, {}, ""
 
-    # A classifier of the reference judges classes, and may provide features.
-    values, judge, classes = {}, None, reference.images.classes
-    can_judge = 1 < len(classes) <= len(reference.images) / 50
-    if args.features == "classifier":
-        if not can_judge or args.save_stats:
-            raise UserError("--features classifier: takes a dataset with classes of 50 images or "
-                            "more as --ref, and no --save_stats")
-    if can_judge and ("agreement" in args.metrics or args.features == "classifier"):
+    # A classifier of the reference finds the samples' classes, and may provide features.
+    judge = None
+    if can_judge(reference) and ("agreement" in args.metrics or args.features == "classifier"):
         judge = train_judge(reference.images, args.workers)
-    labeled = samples.images.labels.min() >= 0 and samples.images.classes in ([], classes)
-    if "agreement" in args.metrics and judge and labeled:
+    if judge and "agreement" in args.metrics and has_classes_of(reference, samples):
         values["agreement"] = agreement(judge, samples.images, args.workers)
         values["agreement_real"] = agreement(judge, judge.unseen, args.workers)
 
-    measured, network = {}, ""
-    compared = [name for name in args.metrics if name != "agreement"]
     if compared or args.save_stats:
         extractor = choose_extractor(args.features, args.codec, judge, args.ref or args.samples,
                                      args.data_dir, device)
@@ -794,13 +775,52 @@ def main():
             print(f"warning: fewer than {extractor.width} images bias the distance upwards",
                   file=sys.stderr)
         batches = image_batches(samples.images, size, args.workers)
-        values.update(compare(measure(batches, count, extractor, compared), measured, compared,
-                              device))
+        sampled = measure(batches, count, extractor, compared)
+        values.update(compare(sampled, measured, compared, device))
+
+        # The floor: how far the images that the classifier learned from are from the others.
         if args.features == "classifier" and "fid" in values:
             seen = reference_moments(ImageSet(args.ref, judge.seen, {}), extractor, size,
                                      args.workers)
             values["fid_real"] = frechet_distance(*seen, measured["mu"], measured["sigma"])
     report(args, values, network, len(samples.images), int(measured.get("count", 0)))
+
+
+def open_both(args):
+    """Open the samples and the reference, or the samples again, and check what is asked.
+
+    Returns two ImageSets and the samples' pixels a side.
+    """
+    if WORLD_SIZE > 1:
+        raise UserError("fid.py runs in one process; start it with python")
+    if args.ref is None and list(args.metrics) != ["is"]:
+        raise UserError("--ref: only the Inception Score (--metrics is) does without")
+    samples = open_set(args.samples, args.data_dir)
+    reference = open_set(args.ref, args.data_dir) if args.ref else samples
+
+    for image_set in (samples, reference):
+        if len(image_set.images) < 2 and "mu" not in image_set.statistics:
+            raise UserError(f"{image_set.where}: holds fewer than 2 images")
+    if len(samples.images) < 2:
+        raise UserError(f"{samples.where}: holds statistics, not images")
+    side = sample_size(samples)
+    if args.save_stats:
+        check_writable(Path(args.save_stats).parent, "--save_stats")
+    if args.features == "classifier" and (args.save_stats or not can_judge(reference)):
+        raise UserError("--features classifier: takes a dataset with classes of 50 images or "
+                        "more as --ref, and no --save_stats")
+    return samples, reference, side
+
+
+def can_judge(reference):
+    """Whether a classifier can be trained on an ImageSet: several classes, 50 images in each."""
+    return 1 < len(reference.images.classes) <= len(reference.images) / 50
+
+
+def has_classes_of(reference, samples):
+    """Whether the samples have labels, and these mean the classes of the reference."""
+    return (samples.images.labels.min() >= 0
+            and samples.images.classes in ([], reference.images.classes))
 
 
 def save_stats(path, measured):

@@ -940,7 +940,8 @@ def test_distilled_checkpoints_are_sampled_in_one_unguided_pass(copied):
     assert "matching" not in imitating and {"matching", "denoising"} <= matching.keys()
     works(script(f"sample.py --ckpt {out} --num_images 2", copied), "NFE 1", "'steps': 1")
     works(script("sample.py --ckpt out/photos --cfg_skip 1", copied), "NFE 7")      # 2 * 4 - 1
-    assert list(load(out / "ckpt.pt")["model"]) == list(load(copied / "out/photos/ckpt.pt")["model"])
+    teacher = copied / "out/photos/ckpt.pt"
+    assert list(load(out / "ckpt.pt")["model"]) == list(load(teacher)["model"])
     fails_clearly(script(f"train.py --distill {out}", copied), out, "already")
 
 
