@@ -1,0 +1,55 @@
+"""Draw samples below real images: a column a class, a row a method, the first image of each.
+
+    python assets/panel.py panel.png --dataset data/cifar10/test --ckpt out/cifar10 \
+        "four steps=four.npz" "one pass=one.npz"
+
+The first two rows are real images and the codec's reconstructions of them. The others are from
+files that sample.py --out wrote for the same classes.
+"""
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from encode import find_dataset, run, to_float, to_uint8
+from sample import draw_grid, load_checkpoint, load_checkpoint_codec, write_picture
+
+
+def first_of_each(labels, num_classes):
+    """The index of the first image of each class."""
+    return [int(np.flatnonzero(labels == k)[0]) for k in range(num_classes)]
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("out", help="picture to write")
+    add("--dataset", required=True, help="folder of real images")
+    add("--ckpt", required=True, help="checkpoint whose codec reconstructs them")
+    add("rows", nargs="*", metavar="TITLE=FILE", help="npz of samples with labels")
+    args = parser.parse_args()
+
+    dataset = find_dataset(args.dataset)
+    classes = dataset.classes
+    codec = load_checkpoint_codec(load_checkpoint(args.ckpt))
+    real = dataset.load_all(first_of_each(dataset.labels, len(classes)), codec.image_size, 2)
+    with torch.no_grad():
+        reconstructed = to_uint8(codec.decode(codec.encode(to_float(real))))
+
+    rows = [("real", real), ("codec", reconstructed)]
+    for row in args.rows:
+        title, path = row.split("=", 1)
+        with np.load(path) as samples:
+            first = first_of_each(samples["arr_1"], len(classes))
+            rows.append((title, samples["arr_0"][first]))
+
+    grid = [[(image, f"{name}\n{title}") for image, name in zip(images, classes)]
+            for title, images in rows]
+    write_picture(args.out, draw_grid(grid))
+
+
+if __name__ == "__main__":
+    run(main)
