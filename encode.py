@@ -236,7 +236,9 @@ def on_rank0(work):
         with exit_if_peer_died():
             dist.broadcast_object_list(result)
     if isinstance(result[0], UserError):
-        raise result[0] if RANK == 0 else SystemExit(1)
+        if RANK > 0:
+            sys.exit(1)         # rank 0 says why
+        raise result[0]
     return result[0]
 
 
@@ -245,7 +247,12 @@ def in_turn(work):
 
     So no two processes download the same file, whether or not nodes share a disk.
     """
-    my_turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
+    if RANK == 0:
+        my_turn = 0
+    elif LOCAL_RANK == 0:
+        my_turn = 1
+    else:
+        my_turn = 2
     for turn in range(3):
         if turn == my_turn:
             result = work()
@@ -525,10 +532,11 @@ def locate(spec, data_dir="data"):
 
 
 def folder_name(folder, data_dir):
-    """The last two parts of a path, or just the last if the other is data_dir."""
-    parts = Path(os.path.abspath(folder)).parts[1:][-2:]
-    data_name = Path(os.path.abspath(data_dir)).name
-    return "-".join(part for part in parts if part != data_name) or "data"
+    """The last two parts of a path, or just the last if its parent is data_dir."""
+    folder = Path(os.path.abspath(folder))
+    if folder.parent == Path(os.path.abspath(data_dir)):
+        return folder.name
+    return "-".join(folder.parts[1:][-2:]) or "data"
 
 
 def claim_name(name, folder, data_dir):
@@ -564,10 +572,6 @@ def list_files(folder):
         folders[:] = sorted(name for name in folders if name[0] not in ".@")
         paths += [os.path.join(parent, file) for file in files if file[0] != "."]
     return sorted(paths)
-
-
-def is_image(path):
-    return path.lower().endswith(SUFFIXES)
 
 
 def list_classes(folder, data_dir):
@@ -625,7 +629,8 @@ def is_generated(folder, files, data_dir):
 
 def list_flowers(folder):
     """Oxford's folder jpg, whose labels are in a file of their own: like `list_classes`."""
-    file, paths = folder.with_name("imagelabels.mat"), only_images(list_files(folder))
+    paths = only_images(list_files(folder))
+    file = folder.with_name("imagelabels.mat")
     download(f"{OXFORD}/imagelabels.mat", file, "e0620be6f572b9609742df49c70aed4d")
     with on_failure(f"{file}: unusable", f"delete it and {folder}, and run the command again"):
         numbers = scipy.io.loadmat(file)["labels"].ravel().astype(int)
@@ -726,7 +731,7 @@ DINOV2_SHA256 = {
 }
 
 SMALL_CODECS = {"small": 32, "small64": 64}         # name -> image size
-SMALL_CHANNELS = 32                                 # C of their latents
+SMALL_CHANNELS = 64                                 # C of their latents
 CODECS = (*SMALL_CODECS, *RAES)
 
 
@@ -899,6 +904,7 @@ def load_dinov2(entry):
             encoder = torch.hub.load(f"{DINOV2}:{DINOV2_COMMIT}", entry, skip_validation=True)
         expected = DINOV2_SHA256.get(file.name)
         if new and expected and file_hash(file, "sha256") != expected:
+            file.unlink()       # the next run would take it for one that has been checked
             raise ValueError("sha256 mismatch")
     return encoder
 
@@ -971,12 +977,16 @@ class SmallCodec(nn.Module):
         return images.clamp(0, 1) if clamp else images
 
 
+FIT_STEPS = 6000            # of a fit, if nothing else is asked
+FEWEST_STEPS = 100          # a fit that is interrupted earlier leaves no codec
+
+
 def fit_layout(device):
     """channels_last is faster on CPUs, but its gradients are wrong on MPS (pytorch 175189)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-def fit_codec(images, name="small", steps=1500, batch_size=128, seed=0, device="cpu"):
+def fit_codec(images, name="small", steps=FIT_STEPS, batch_size=32, seed=0, device="cpu"):
     """Train a small codec on images (N, S, S, 3) uint8.
 
     Ctrl-C ends the fit early. Returns the codec, frozen, and the number of steps it took.
@@ -1000,8 +1010,14 @@ def fit_codec(images, name="small", steps=1500, batch_size=128, seed=0, device="
             noise = torch.randn(z.shape)
             y = codec.decode(rotate(z, noise.to(device), angle.to(device)), clamp=False)
 
+            # Squared errors of the pixels, and of the differences between neighbours: edges are
+            # a small part of the former, and most of what a reader of pictures misses.
+            error = y - x
+            edges = error.diff(dim=2).pow(2).mean() + error.diff(dim=3).pow(2).mean()
+            loss = error.pow(2).mean() + 2 * edges
+
             optimizer.zero_grad()
-            (y - x).pow(2).mean().backward()
+            loss.backward()
             nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -1014,7 +1030,6 @@ def fit_codec(images, name="small", steps=1500, batch_size=128, seed=0, device="
     return load_codec(name, half_weights(codec), device), step
 
 
-FEWEST_STEPS = 100          # a fit that is interrupted earlier leaves no codec
 SHAPES_CODEC = ASSETS / "small_shapes.pt"
 
 
@@ -1067,14 +1082,14 @@ def fit_codec_file(name, spec, steps, machine, skip_bad=False):
     return path
 
 
-def prepare_codec(name, spec, machine, fit_steps=1500, refit=False, skip_bad=False,
+def prepare_codec(name, spec, machine, fit_steps=FIT_STEPS, refit=False, skip_bad=False,
                   decoder=True):
     """The codec for a dataset. A small one is fitted if there is none, or if refit says so."""
     def find_file():
         dataset_name, folder = locate(spec, machine.data_dir)
         data = Path(machine.data_dir) / dataset_name
         if dataset_name != "shapes" and not folder.is_dir() and not data.is_dir():
-            find_dataset(spec, machine.data_dir)    # fails, before weights are downloaded
+            find_dataset(spec, machine.data_dir)    # fails or downloads, before the codec does
         claim_name(dataset_name, folder, machine.data_dir)
         if name in RAES:
             return None
@@ -1107,8 +1122,8 @@ class Cache:
     classes: list           # their names
     labels: np.ndarray      # (N,) int64; -1 for an unreadable image, whose latent is NaN
     shape: tuple            # (T, C)
-    codec: str              # fingerprint of the codec
-    images: str             # digest of the dataset
+    codec_fingerprint: str
+    images_digest: str
     flip: bool              # whether the second half are the mirrored images
     written: float = 0.0    # when it was completed, in seconds since 1970
 
@@ -1144,10 +1159,12 @@ class Cache:
 
         By plain reads in many threads: a memory map waits for the disk page by page.
         """
-        list(READERS.map(self.read_latent, indexes, out))
+        for _ in READERS.map(self.read_latent, indexes, out):
+            pass                # waits, and raises what a thread has raised
 
     def read_latent(self, i, out):
-        path, chunk = self.path(i // CHUNK), self.indexes(i // CHUNK)
+        path = self.path(i // CHUNK)
+        chunk = self.indexes(i // CHUNK)
         with if_damaged(path), open(path, "rb", buffering=0) as file:
             # Counted from the end, so that the length of the header does not matter.
             file.seek((i - chunk.stop) * out.nbytes, os.SEEK_END)
@@ -1159,9 +1176,9 @@ def if_damaged(path):
     return on_failure(f"{path}: damaged", "delete it and run encode.py again")
 
 
-def cache_key(codec, images, flip):
-    """A hash of what latents are made from: the codec's fingerprint, the dataset's digest."""
-    made_from = json.dumps([codec, images, bool(flip)])
+def cache_key(codec_fingerprint, images_digest, flip):
+    """A hash of all that latents are made from."""
+    made_from = json.dumps([codec_fingerprint, images_digest, bool(flip)])
     return hashlib.sha256(made_from.encode()).hexdigest()[:8]
 
 
@@ -1177,7 +1194,8 @@ def write_index(cache):
     unreadable = [np.isnan(cache.chunk(k)[:, 0, 0]) for k in cache.chunks()]
     labels = np.where(np.concatenate(unreadable), -1, cache.labels)
     index = dict(classes=cache.classes, labels=labels.tolist(), shape=cache.shape,
-                 codec=cache.codec, images=cache.images, flip=cache.flip, written=time.time())
+                 codec_fingerprint=cache.codec_fingerprint, images_digest=cache.images_digest,
+                 flip=cache.flip, written=time.time())
     write_file(cache.folder / "index.json", lambda file: file.write(json.dumps(index).encode()))
     for leftover in cache.folder.glob("*.tmp"):     # of processes that were killed
         leftover.unlink(missing_ok=True)
@@ -1186,10 +1204,11 @@ def write_index(cache):
 def complete_caches(spec, codec, flip=False, data_dir="data"):
     """All complete caches of a dataset's latents by a codec, the newest last."""
     name, _ = locate(spec, data_dir)
-    identity, caches = fingerprint(codec), []
+    wanted = fingerprint(codec), bool(flip)
+    caches = []
     for path in (Path(data_dir) / name).glob(f"{codec.name}-????????/index.json"):
         cache = read_index(path)
-        if cache.codec == identity and cache.flip == bool(flip) and cache.is_whole():
+        if (cache.codec_fingerprint, cache.flip) == wanted and cache.is_whole():
             caches.append(cache)
     return sorted(caches, key=lambda cache: cache.written)
 
@@ -1203,16 +1222,18 @@ def find_cache(spec, codec, flip=False, key="", data_dir="data"):
     if key:
         caches = [cache for cache in caches if cache.key == key]
 
-    # Only a folder of the user's own may have changed since, as long as its images are there.
+    # A cache of a known dataset is taken as it is. A user's folder may have changed since it was
+    # encoded, so its images are listed again, unless they are gone.
     _, folder = locate(spec, data_dir)
-    changeable = (spec not in KNOWN_DATASETS and folder.is_dir()
-                  and only_images(list_files(folder)))
-    if caches and (key or not changeable):
+    may_have_changed = (spec not in KNOWN_DATASETS and folder.is_dir()
+                        and only_images(list_files(folder)))
+    if caches and (key or not may_have_changed):
         return caches[-1], None
 
-    dataset, identity = find_dataset(spec, data_dir), fingerprint(codec)
+    dataset = find_dataset(spec, data_dir)
     labels = np.tile(dataset.labels, 2) if flip else dataset.labels
-    new_key = cache_key(identity, dataset.digest, flip)
+    codec_fingerprint = fingerprint(codec)
+    new_key = cache_key(codec_fingerprint, dataset.digest, flip)
     parent = Path(data_dir) / dataset.name
     if key and key != new_key:
         raise UserError(f"{parent}: the images have changed since the run began; start a new one "
@@ -1221,7 +1242,7 @@ def find_cache(spec, codec, flip=False, key="", data_dir="data"):
         if cache.key == new_key:
             return cache, None
     cache = Cache(parent / f"{codec.name}-{new_key}", dataset.classes, labels,
-                  codec.latent_shape, identity, dataset.digest, bool(flip))
+                  codec.latent_shape, codec_fingerprint, dataset.digest, bool(flip))
     return cache, dataset
 
 
@@ -1301,8 +1322,8 @@ def parse_args():
     add("--flip", action="store_true", help="encode the mirrored images, too")
     add("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
     add("--fit", action="store_true", help="fit a small codec to the dataset, and show it")
-    add("--fit_steps", type=bounded(int, 1), default=1500,
-        help="steps of 128 images; default: 1500")
+    add("--fit_steps", type=bounded(int, 1), default=FIT_STEPS,
+        help=f"steps of 32 images; default: {FIT_STEPS}")
     add("--reconstruct", metavar="PATH", nargs="?", const="", type=user_path,
         help="show what the codec keeps of an image, a folder of them, or the dataset")
     add("--out", type=user_path, default="out/reconstruction.png",

@@ -26,7 +26,7 @@ from encode import (
     load_codec, make_parser, on_failure, run, sum_over_processes, to_float, user_path, write_file)
 from sample import find_checkpoint
 
-# The metrics, and what each is left out without.
+# Each metric, and what it needs; without that it is left out.
 NEEDS = {
     "fid": "a reference",
     "sfid": "--features inception, and mu_s and sigma_s if the reference is statistics",
@@ -633,7 +633,9 @@ def measure(batches, count, extractor, metrics, kept=KEPT_SAMPLES, name="samples
     """
     is_kept = torch.from_numpy(np.isin(np.arange(count), shuffled(count)[:kept]))
     keeps_pool3 = "precision" in metrics or "recall" in metrics
-    pooled, spatial, logits, pool3, start = None, None, [], [], 0
+    pooled = spatial = None
+    logits, pool3 = [], []
+    start = 0
     for batch in tqdm(batches, desc=name, unit="batch", mininterval=1):
         features = extractor.extract(batch)
         pooled = add_moments(pooled, features["pool3"])
@@ -691,11 +693,12 @@ def check_statistics(reference, extractor, size):
 
 
 def measure_reference(reference, extractor, size, metrics, workers):
-    """Measure what the metrics need of a reference, except for what its file holds."""
+    """The statistics of a reference: those in its file, and those measured on its images."""
     metrics = set(metrics) - {"is", "agreement"}
     if "mu" in reference.statistics:
         check_statistics(reference, extractor, size)
-        metrics &= {"precision", "recall"}      # all that the images in ADM's files are for
+        # ADM's files hold mu and sigma of the whole set, and images for these two only.
+        metrics &= {"precision", "recall"}
     count = len(reference.images)
     if count == 0 or not metrics:
         return reference.statistics
@@ -778,7 +781,8 @@ def main():
         sampled = measure(batches, count, extractor, compared)
         values.update(compare(sampled, measured, compared, device))
 
-        # The floor: how far the images that the classifier learned from are from the others.
+        # For comparison: the distance between the real images that the classifier was trained
+        # on, and those that it was not.
         if args.features == "classifier" and "fid" in values:
             seen = reference_moments(ImageSet(args.ref, judge.seen, {}), extractor, size,
                                      args.workers)
@@ -814,7 +818,10 @@ def open_both(args):
 
 def can_judge(reference):
     """Whether a classifier can be trained on an ImageSet: several classes, 50 images in each."""
-    return 1 < len(reference.images.classes) <= len(reference.images) / 50
+    images = reference.images
+    if len(images.classes) < 2:
+        return False
+    return np.bincount(images.labels, minlength=len(images.classes)).min() >= 50
 
 
 def has_classes_of(reference, samples):
@@ -833,7 +840,7 @@ def report(args, values, network, num_samples, num_references):
     """Print the values, what was left out and why, and perhaps a line of JSON."""
     left_out = {name: NEEDS[name] for name in args.metrics if name not in values}
     titles = {"agreement_real": "agreement of unseen real images",
-              "fid_real": "the same of the real images that the classifier has seen"}
+              "fid_real": "Frechet distance of real images that the classifier was trained on"}
     if network != "inception":
         titles["fid"] = f"Frechet distance of {network}"
     for name, value in values.items():

@@ -45,9 +45,9 @@ def to_sphere(z):
 def rotate(z, noise, angle, sphere=True):
     """Add noise to latents: v = f(cos(a) f(z) + sin(a) f(e)).
 
-    If e is independent of z, this turns z towards e by the angle a, up to 1 / sqrt(d).
-    If z was predicted from e (one noise for all sampling steps), the two are correlated,
-    and v must keep what they share: photographs come out wrong otherwise.
+    If e is independent of z, the angle between z and v is a, to within some 1 / sqrt(T C).
+    If z was predicted from e (one noise for all sampling steps), it is smaller. Making e
+    orthogonal to z first would correct that, and spoil photographs (assets/results.md).
 
     z, noise: (B, T, C). angle: (B,) or a number, in radians. sphere=False, the paper's
     ablation, returns z + tan(a) e instead. Returns (B, T, C) float32.
@@ -75,8 +75,9 @@ def noise_angle(u, max_angle, mean=0.0, std=1.0):
 def largest_angle(tokens, channels):
     """The default for the largest noise angle of training, in degrees.
 
-    At angle a the signal-to-noise ratio is sqrt(T * C) / tan(a), and here it is 4.8. No
-    single angle suits latents of all sizes, but this ratio does (assets/results.md).
+    v holds a signal of length cos(a) sqrt(T C), and noise of size sin(a) in each direction:
+    a signal-to-noise ratio of sqrt(T C) / tan(a). The angle where it is 4.8 suits latents of
+    all sizes that were tried; no single angle does (assets/results.md).
     """
     return math.degrees(math.atan(math.sqrt(tokens * channels) / 4.8))
 
@@ -190,7 +191,7 @@ class Denoiser(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-        # Std 1, not DiT's 0.02, so that the class gets large gradients from the start.
+        # Std 1, not DiT's 0.02: the gradients of the adaLN layers grow with these vectors.
         nn.init.normal_(self.class_table.weight)
 
         # adaLN-zero: every block begins as the identity, and the output as 0.
@@ -290,8 +291,8 @@ def sampling_angles(steps, max_angle):
 def guidance_scales(steps, cfg_scale, cfg_skip=0):
     """The guidance of each step: 1 (none) in the first cfg_skip steps, then cfg_scale.
 
-    At least the last two steps are guided, so fewer steps may skip less. Guidance hurts
-    most at the first step, whose prediction is only a rough guess.
+    The last two steps are always guided, however large cfg_skip. Guidance hurts most at
+    the first step, whose prediction is only a rough guess.
     """
     skipped = max(0, min(cfg_skip, steps - 2))
     return [1.0] * skipped + [cfg_scale] * (steps - skipped)
@@ -331,7 +332,7 @@ def generate(model, labels, noise, angles, scales, start=None):
 # ----------------------------------------------------------------------- distillation
 
 class Distillation(nn.Module):
-    """A one-step generator, and two denoisers that judge its images.
+    """A one-step generator, and the two denoisers that train it.
 
     All three start as the trained denoiser. `real`, frozen, knows the data; `fake` learns
     to denoise what the generator draws. Where the two disagree about a noisy image, `real`

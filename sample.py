@@ -352,7 +352,7 @@ def write_picture(path, picture, comment=""):
 def draw_curves(rows):
     """A run's log: the loss by noise angle and, if there are any, the evaluations.
 
-    rows: dicts of a number a column, "step" among them.
+    rows: dicts, column name -> number, each with "step".
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     by_angle = [name for name in names if name.startswith("loss_")]
@@ -489,8 +489,13 @@ def choose_output(typed, run_folder, filmstrip):
             number += 1
         path, result = run_folder / f"grid_{number}.png", "picture"
     else:
-        path, suffix = Path(typed), Path(typed).suffix.lower()
-        result = "picture" if suffix in PICTURES else "npz" if suffix == ".npz" else "folder"
+        path = Path(typed)
+        suffix = path.suffix.lower()
+        result = "folder"
+        if suffix in PICTURES:
+            result = "picture"
+        elif suffix == ".npz":
+            result = "npz"
         # A folder may have a dot in its name, as in samples_cfg1.5.
         if result == "folder" and suffix[1:].isalpha() and not typed.endswith("/"):
             raise UserError(f"--out {path}: must end in {', '.join(PICTURES)} or .npz, or be a "
@@ -558,6 +563,29 @@ def make_filmstrip(kind, model, codec, labels, names, noise, options, dataset, d
     return FILMSTRIPS[kind](model, codec, labels, names, noise, options)
 
 
+def open_checkpoint(typed):
+    """A checkpoint's path and contents, the same in all processes although a run may be saving."""
+    def find():
+        path = find_checkpoint(typed)
+        return path, load_checkpoint(path)["step"]
+
+    path, step = on_rank0(find)
+    checkpoint = load_checkpoint(path)
+    if checkpoint["step"] != step:
+        raise UserError(f"{path}: was saved again meanwhile; run the command again")
+    return path, checkpoint
+
+
+def announce(path, checkpoint, drawn, filmstrip, sampling, options):
+    """Say what is drawn from which checkpoint, and at what cost."""
+    settings = checkpoint["settings"]
+    at_most = "at most " if filmstrip == "edit" else ""
+    print(f"{path}: step {checkpoint['step']:,} of {settings['max_steps']:,}, {drawn} images, "
+          f"{sampling}, NFE {at_most}{forward_passes(sampling['steps'], **options)}", flush=True)
+    if sampling["steps"] > 8 and settings["steps"] <= 8:
+        print("note: more than 6 to 8 steps make samples worse (assets/results.md)")
+
+
 def main():
     args = parse_args()
     filmstrip = args.filmstrip or ("edit" if args.init else None)
@@ -567,18 +595,11 @@ def main():
         raise UserError("--pixel_loop: is for plain samples; drop --filmstrip and --init")
     device = join_processes(args.device, args.weights_dir)
 
-    # All processes must read the same checkpoint, although a run may be saving meanwhile.
-    def find():
-        path = find_checkpoint(args.ckpt)
-        return path, load_checkpoint(path)["step"]
-
-    path, step = on_rank0(find)
-    checkpoint = load_checkpoint(path)
-    if checkpoint["step"] != step:
-        raise UserError(f"{path}: was saved again meanwhile; run the command again")
+    # The networks, and how the run samples, with the flags laid over it.
+    path, checkpoint = open_checkpoint(args.ckpt)
     model = load_model(checkpoint, device)
     codec = load_checkpoint_codec(checkpoint, device)
-    classes, settings = checkpoint["classes"], checkpoint["settings"]
+    classes = checkpoint["classes"]
     sampling = sampling_options(checkpoint)
     sampling.update({name: vars(args)[name] for name in SAMPLING if name in args})
     options = dict(cfg_scale=sampling["cfg_scale"], cfg_skip=sampling["cfg_skip"])
@@ -594,7 +615,9 @@ def main():
 
     # What to draw: the same number of each class, the classes in turn.
     chosen = choose_classes(args.classes, classes, path)
-    count = args.num_images or min(len(chosen), 10) * (1 if filmstrip else 8)
+    if args.num_images is None:
+        chosen = chosen[:10]
+    count = args.num_images or len(chosen) * (1 if filmstrip else 8)
     labels = torch.tensor(chosen)[torch.arange(count) % len(chosen)]
     names = [classes[label] for label in labels]
     dataset = find_images(*args.init) if args.init else None
@@ -603,14 +626,12 @@ def main():
     out, result = on_rank0(lambda: choose_output(args.out, path.parent, filmstrip))
 
     drawn = len(labels)
-    if dataset is not None:
-        drawn = len(dataset) * (1 if filmstrip == "slerp" else drawn)
+    if filmstrip == "edit":
+        drawn = len(dataset) * len(labels) * len(args.init_angle)
+    elif dataset is not None:
+        drawn = len(dataset)
     if RANK == 0:
-        at_most = "at most " if filmstrip == "edit" else ""
-        print(f"{path}: step {step:,} of {settings['max_steps']:,}, {drawn} images, {sampling}, "
-              f"NFE {at_most}{forward_passes(sampling['steps'], **options)}", flush=True)
-        if sampling["steps"] > 8 and settings["steps"] <= 8:
-            print("note: more than 6 to 8 steps make samples worse (assets/results.md)")
+        announce(path, checkpoint, drawn, filmstrip, sampling, options)
     comment = shlex.join(["python", *sys.argv])
 
     # Filmstrips are small: rank 0 draws them alone.
@@ -640,8 +661,8 @@ def main():
         write_folder(out, batches, labels)
     else:
         columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(count))
-        images = np.concatenate(list(batches))
-        write_picture(out, draw_grid(make_grid(images, names, columns)), comment)
+        grid = make_grid(np.concatenate(list(batches)), names, columns)
+        write_picture(out, draw_grid(grid), comment)
     print(f"wrote {out}")
 
 

@@ -6,8 +6,8 @@
     python train.py --distill out/shapes                         # then: draw in one pass
 
 Encodes the dataset first, if need be. Writes ckpt.pt, log.csv, curve.png and samples/ to
-out/<dataset>/. Ctrl-C saves before it stops. Interrupting a run changes nothing, and
-splitting it over devices nothing but rounding.
+out/<dataset>/. Ctrl-C saves before it stops. A resumed run takes the same
+images and noise as one that was never interrupted; on a CPU it is the same bit for bit.
 """
 import argparse
 import copy
@@ -32,10 +32,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fid
 from encode import (
-    CHUNK, CODECS, RANK, SMALL_CODECS, WORLD_SIZE, Cache, Dataset, Machine, UserError, autocast,
-    barrier, bounded, cache_key, check_writable, default_codec, exit_if_peer_died, find_dataset,
-    fingerprint, in_one_line, in_turn, join_processes, latent_shape, load_state, locate,
-    make_parser, on_rank0, open_cache, prepare_codec, run, sum_over_processes, to_float,
+    CHUNK, CODECS, FIT_STEPS, RANK, SMALL_CODECS, WORLD_SIZE, Cache, Dataset, Machine, UserError,
+    autocast, barrier, bounded, cache_key, check_writable, default_codec, exit_if_peer_died,
+    find_dataset, fingerprint, in_one_line, in_turn, join_processes, latent_shape, load_state,
+    locate, make_parser, on_rank0, open_cache, prepare_codec, run, sum_over_processes, to_float,
     try_compile, user_path, write_file)
 from model import (
     PRESETS, Denoiser, Distillation, ModelConfig, distribution_matching, flops, imitation,
@@ -49,7 +49,10 @@ from sample import (
 # ========================================================================= the settings
 
 def flag(help, default=MISSING, **options):
-    """A field of Settings that is a flag, too; options: of argparse, whose type is the field's."""
+    """Declare a field of Settings together with its command-line flag.
+
+    options: of add_argument; without a type among them, it is the field's.
+    """
     return field(default=default, metadata=dict(help=help, **options))
 
 
@@ -112,7 +115,7 @@ class Settings:
                              type=bounded(float, 0))
     teacher_steps: int = flag("of distillation: steps of the sampler to imitate", 4,
                               type=bounded(int, 1))
-    teacher_cfg: float = flag("of distillation: guidance of the denoiser", 1.5,
+    teacher_cfg: float = flag("of distillation: guidance of the frozen denoiser", 1.5,
                               type=bounded(float, 0, 20))
 
     # How images are drawn from it.
@@ -141,7 +144,7 @@ class Settings:
 # A run uses one of these blocks with the flags laid over it. What is not known of the
 # paper's settings follows RAE, Sphere Encoder and assets/results.md.
 
-SHAPES = Settings(                  # five minutes on a CPU
+SHAPES = Settings(                  # minutes on a CPU
     dataset="shapes", codec="small", preset="tiny",
     batch_size=128, max_steps=1700,
     optimizer="muon", lr=3e-3, warmup=100, weight_decay=0.01, ema_decay=0.999,
@@ -246,14 +249,14 @@ def parse_args():
     add("--out_dir", type=user_path, help="where to write; default: out/<dataset>")
     add("--resume", action="store_true", help="go on with the run in out_dir, or start it")
     add("--live", action="store_true", help="encode each batch as it is needed, without a cache")
-    add("--fit_steps", type=bounded(int, 1), default=1500,
-        help="steps to fit a small codec, if there is none yet; default: 1500")
+    add("--fit_steps", type=bounded(int, 1), default=FIT_STEPS,
+        help=f"steps to fit a small codec, if there is none yet; default: {FIT_STEPS}")
     add("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
     add("--compile", default="auto", choices=["auto", "on", "off"],
         help="torch.compile; auto (the default): on CUDA, and for long runs on a CPU")
     add("--bench", action="store_true", help="time the steps of such a run instead")
     group = parser.add_argument_group(
-        "settings", "in brackets the defaults for shapes; those of other runs are in train.py")
+        "settings", "in parentheses the defaults for shapes; those of other runs are in train.py")
     for setting in fields(Settings):
         options = dict(setting.metadata)
         options["help"] += f" ({getattr(SHAPES, setting.name)})"
@@ -271,8 +274,8 @@ class Plan:
 
     settings: Settings
     path: Path          # of the run's checkpoint
-    source: Path        # the checkpoint that it starts from, or None
-    resumed: bool       # whether that is its own
+    source: Path        # the checkpoint to load: its own, another run's, or None
+    resumed: bool       # whether the run goes on from its own checkpoint
 
 
 def make_plan(flags, out_dir, resume, data_dir):
@@ -474,8 +477,8 @@ def generator_for(device, *key):
     return torch.Generator(device).manual_seed(int(seed[0]))
 
 
-def draw_noise(step, stream, share, settings, config, device):
-    """Gaussian noise (B, T, C) for a share (a slice) of a step's batch."""
+def draw_step_noise(step, stream, share, settings, config, device):
+    """Gaussian noise (B, T, C) of a training step, for a share (a slice) of its batch."""
     blocks = range(share.start // NOISE_BLOCK, math.ceil(share.stop / NOISE_BLOCK))
     shape = (NOISE_BLOCK, config.tokens, config.channels)
     noise = []
@@ -495,11 +498,13 @@ def draw(step, share, settings, config, device):
     u = torch.rand(3, settings.batch_size, generator=generator, device=device)
 
     # Stratified angles, the k-th image's from the k-th part of the distribution, reduce the
-    # variance of the loss.
+    # variance of the loss. The images come in random order, so no image is tied to an angle.
     quantile = (torch.arange(settings.batch_size, device=device) + u[0]) / settings.batch_size
     angle = noise_angle(quantile, config.max_angle, settings.angle_mean, settings.angle_std)
-    noise = draw_noise(step, NOISE, share, settings, config, device)
-    return noise, angle[share], u[1, share] / 2, u[2, share] < settings.label_dropout
+    noise = draw_step_noise(step, NOISE, share, settings, config, device)
+    ratio = u[1] / 2
+    dropped = u[2] < settings.label_dropout
+    return noise, angle[share], ratio[share], dropped[share]
 
 
 def learning_rate(step, total_steps, peak, warmup=1):
@@ -553,8 +558,7 @@ def orthogonalize(x, group):
 def make_optimizers(denoiser, settings, device):
     """AdamW for all weights; or Muon for the matrices of attention and MLP, AdamW for the rest.
 
-    Muon's updates are scaled to the size of AdamW's, so that one --lr serves both; Muon takes
-    twice that rate.
+    Muon's updates are scaled to the size of AdamW's. Its learning rate is twice --lr.
     """
     matrices, others = [], []
     for name, weight in denoiser.named_parameters():
@@ -587,7 +591,8 @@ def take_step(optimizers, lr, grad_clip):
     finite = torch.isfinite(grad_norm)
     for optimizer in optimizers:
         if optimizer.defaults.get("fused"):
-            # A fused optimizer skips the update on the device, so the program need not wait.
+            # If found_inf is 1, as GradScaler sets it elsewhere, a fused optimizer skips the
+            # update on the device, so the program need not wait.
             optimizer.found_inf = (~finite).float()
             optimizer.step()
         elif finite:
@@ -664,22 +669,21 @@ def distill_step(nets, ema, optimizers, step, share, settings, dtype="auto", gro
     labels = torch.randint(config.num_classes, (settings.batch_size,), generator=generator,
                            device=device)[share]
     noise, angle, _, _ = draw(step, share, settings, config, device)
-    imitating, matching = optimizers
-    matched = step - settings.imitate_steps         # steps of matching so far
 
-    if matched < 0:
-        optimizer, phase_step, angle = imitating, step, None
-        lr = learning_rate(step, settings.imitate_steps, settings.imitate_lr)
+    if step < settings.imitate_steps:
+        optimizer, peak, angle = optimizers[0], settings.imitate_lr, None
+        phase_step, phase_steps = step, settings.imitate_steps
         with autocast(device, dtype):
             target = imitation_target(nets.real, noise, labels, settings)
             values = imitation(nets.generator, noise, labels, target)
     else:
-        optimizer, phase_step = matching, matched
-        lr = learning_rate(matched, settings.max_steps - settings.imitate_steps, settings.lr)
-        if matched == 0:
+        optimizer, peak = optimizers[1], settings.lr
+        phase_step = step - settings.imitate_steps
+        phase_steps = settings.max_steps - settings.imitate_steps
+        if phase_step == 0:
             # The averaged weights draw better images.
             nets.generator.load_state_dict(ema.state_dict())
-        new_noise = draw_noise(step, NEW_NOISE, share, settings, config, device)
+        new_noise = draw_step_noise(step, NEW_NOISE, share, settings, config, device)
         with autocast(device, dtype):
             values = distribution_matching(nets, noise, labels, new_noise, angle,
                                            settings.teacher_cfg)
@@ -688,6 +692,7 @@ def distill_step(nets, ema, optimizers, step, share, settings, dtype="auto", gro
     values["loss"].mean().backward()
     if WORLD_SIZE > 1:
         average_gradients(optimizer, group)
+    lr = learning_rate(phase_step, phase_steps, peak)
     numbers = take_step([optimizer], lr, settings.grad_clip)
     update_average(ema, nets.generator, settings.ema_decay, phase_step)
     return {name: value.detach() for name, value in values.items()}, angle, numbers
@@ -709,10 +714,10 @@ class Log:
 
     def __init__(self):
         self.rows = []          # dicts: column -> number
-        self.sums = {}          # name -> (2,), the sum of values and their count
+        self.sums = {}          # name -> (2,), a sum of values and their count
 
     def add(self, name, values, counted):
-        """Add values, (B,) or (), where counted (bool, of the same shape or one) is true."""
+        """Add those of the values, (B,) or (), for which counted, (B,) or () bool, is true."""
         counted = counted.expand(values.shape)
         pair = torch.stack([torch.where(counted, values, 0).sum(), counted.sum()])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
@@ -744,7 +749,7 @@ def angle_bins(config, settings, device):
 
 
 def add_to_log(log, values, angle, numbers, bins):
-    """Add a step to the sums of the log; to log another number, add it here.
+    """Add a step to the sums of the log: all of its values and numbers, under their names.
 
     values: the losses, name -> (B,). angle: (B,) radians, or None. numbers: name -> a scalar
     tensor, or a float. bins: of `angle_bins`. A name that starts with "loss_" is drawn as a
@@ -805,7 +810,7 @@ class Training:
     cache_key: str                  # of the latents; "" when distilling
     config: ModelConfig
     denoiser: Denoiser              # the network that draws
-    nets: Distillation              # it and its judges, or None
+    nets: Distillation              # with fake and real, or None
     ema: Denoiser                   # its averaged weights
     optimizers: list
     log: Log
@@ -1153,9 +1158,10 @@ def train(training, model, data, evaluation, caught):
         add_to_log(training.log, values, angle, numbers, bins)
         training.step += 1
 
-        # Counted on the device, so that the program need not wait for each step. Once it has
-        # reached BAD_STEPS, the count stays there until it is looked at.
-        bad = torch.where(bad < BAD_STEPS, (bad + 1) * ~torch.isfinite(numbers["grad_norm"]), bad)
+        # The count stays on the device, so that no step waits for it. Ten bad steps in a row
+        # leave it at BAD_STEPS until `end_if_bad` looks.
+        in_a_row = torch.where(torch.isfinite(numbers["grad_norm"]), 0, bad + 1)
+        bad = torch.where(bad < BAD_STEPS, in_a_row, bad)
         if training.step == first_step + 1:
             after_first = time.time()
         if training.step == first_step + 2:
@@ -1197,7 +1203,8 @@ def train(training, model, data, evaluation, caught):
 def end_if_bad(bad, training):
     """End a run whose gradients are not finite any more."""
     def fail():
-        raise UserError(f"no finite gradient for {BAD_STEPS} steps, to step {training.step}: run "
+        raise UserError(f"no finite gradient for {BAD_STEPS} steps in a row before step "
+                        f"{training.step}: run "
                         f"the command again with --resume --lr {training.settings.lr / 3:.1g}")
 
     if bad >= BAD_STEPS:
@@ -1227,7 +1234,9 @@ def bench(training, model):
 
     # In forward passes: forward and backward are three, the consistency loss's target one.
     # Matching trains two networks, which is six, and asks a guided denoiser, which is two.
-    passes = 8 if settings.distill else 4 if settings.consistency_weight else 3
+    passes = 4 if settings.consistency_weight else 3
+    if settings.distill:
+        passes = 8
     used = images * passes * flops(config) / WORLD_SIZE
     memory = ""
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Draw samples below real images: a column a class, a row a method, the first image of each.
+"""Draw samples below real images: one column per class, one row per method, first images.
 
     python assets/panel.py panel.png --dataset data/cifar10/test --ckpt out/cifar10 \
         "four steps=four.npz" "one pass=one.npz"

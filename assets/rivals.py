@@ -5,7 +5,7 @@
 - distilled: this project's denoiser, trained for so many minutes and distilled; one pass
 - sphere: the denoiser, trained for as long as both took together; 1 and 4 steps
 - flow: rectified flow (arXiv 2209.03003), told the time; 1, 4 and 50 Euler steps
-- meanflow: MeanFlow (arXiv 2505.13447), told two times, guidance built into training; 1 step
+- meanflow: MeanFlow (arXiv 2505.13447), given two time inputs, guidance built into training; 1 step
 
 Minutes are of CPU time. Prints a row per method: forward passes per image (NFE), class
 agreement, and Frechet distances in the codec's and in a classifier's features.
