@@ -1259,7 +1259,7 @@ def test_filmstrips_show_steps_guidance_angles_and_the_way_between_samples(works
     checkpoint = sample.load_checkpoint(workspace / "out/photos/ckpt.pt")
     net, codec = sample.load_model(checkpoint), sample.load_checkpoint_codec(checkpoint)
     labels, names = torch.tensor([0, 1, 1]), ["one", "two", "two"]
-    noise = sample.draw_noise(0, range(3), (16, 32), 4)
+    noise = sample.draw_noise(0, range(3), codec.latent_shape, 4)
     options = dict(cfg_scale=2.0, cfg_skip=1)
     last = sample.decode(codec, sample.predict(net, labels, noise, **options)[-1]).astype(int)
     strips = {kind: draw(net, codec, labels, names, noise, options)
@@ -1511,7 +1511,7 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("fid.py good.npz --ref nowhere", "nowhere no such folder"),
     ("fid.py good.npz --ref nan.npz", "nan.npz NaN"),
     ("fid.py good.npz --ref keys.npz", "keys.npz foo, bar"),
-    ("fid.py good.npz --features codec --ref narrow.npz", "narrow.npz 3 features 32"),
+    ("fid.py good.npz --features codec --ref narrow.npz", "narrow.npz 3 features 64"),
     ("fid.py good.npz --features codec --ref spoilt", "spoilt --codec"),
     ("fid.py good.npz --features codec --codec other.pt --ref good.npz", "other.pt codec"),
     ("fid.py good.npz --features codec --codec out/photos --ref spoilt", "spoilt/b/2.png read"),
