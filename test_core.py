@@ -1437,7 +1437,7 @@ def test_statistics_are_refused_with_another_network_or_size(copied):
     draw_folder(copied / "photos/test", each=3)
     fails_clearly(script(line + "photos/test", copied), "no codec small is fitted", "--codec")
     assert measured(line + "photos/test --codec out/photos", copied)["fid"] > 0
-    same = works(script(f"fid.py s.npz --features codec --metrics fid --ref s.npy", copied))
+    same = works(script("fid.py s.npz --features codec --metrics fid --ref s.npy", copied))
     assert " 0.00000" in same and "-0.0" not in same
 
 

@@ -34,7 +34,7 @@ import fid
 from encode import (
     CHUNK, CODECS, FIT_STEPS, RANK, SMALL_CODECS, WORLD_SIZE, Cache, Dataset, Machine, UserError,
     autocast, barrier, bounded, cache_key, check_writable, default_codec, exit_if_peer_died,
-    find_dataset, fingerprint, in_one_line, in_turn, join_processes, latent_shape, load_state,
+    find_dataset, fingerprint, in_one_line, join_processes, latent_shape, load_state,
     locate, make_parser, on_rank0, open_cache, prepare_codec, run, sum_over_processes, to_float,
     try_compile, user_path, write_file)
 from model import (
