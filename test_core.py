@@ -1,5 +1,6 @@
 """What the project promises, checked on a CPU without network: python -m pytest -q"""
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -937,7 +938,8 @@ def test_distilled_checkpoints_are_sampled_in_one_unguided_pass(copied):
     out = copied / "out/photos-distilled"
     imitating, matching = read_log(out)
     assert imitating["lr"] > matching["lr"] > 0
-    assert "matching" not in imitating and {"matching", "denoising"} <= matching.keys()
+    assert "matching" not in imitating
+    assert {"matching", "denoising", "imitation"} <= matching.keys()
     works(script(f"sample.py --ckpt {out} --num_images 2", copied), "NFE 1", "'steps': 1")
     works(script("sample.py --ckpt out/photos --cfg_skip 1", copied), "NFE 7")      # 2 * 4 - 1
     teacher = copied / "out/photos/ckpt.pt"
@@ -955,6 +957,21 @@ def test_imitation_learns_what_the_sampler_draws_with_one_noise_for_all_steps():
         null = denoiser(v, torch.full_like(y, 3))
         x = null + 2 * (denoiser(v, y) - null)
     assert_close(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_every_fourth_image_goes_on_imitating_while_the_others_only_match():
+    settings = train.replace(train.DISTILL, batch_size=8)
+    losses = {}
+    for weight in (0.0, 0.25):
+        nets = model.Distillation(random_denoiser(max_angle=70.0).requires_grad_(True))
+        optimizers = train.make_distill_optimizers(nets, settings, CPU)
+        values, _, _ = train.distill_step(
+            nets, copy.deepcopy(nets.real), optimizers, settings.imitate_steps, slice(2, 8),
+            train.replace(settings, imitate_weight=weight))
+        losses[weight] = values["loss"]
+        imitates = values["imitation"] > 0
+    assert imitates.tolist() == [False, False, True, False, False, False]       # number 4 of 0-7
+    assert_close(losses[0.25], losses[0.0] + 0.25 * values["imitation"])
 
 
 @pytest.mark.parametrize("flags, way", [
