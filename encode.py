@@ -730,8 +730,9 @@ DINOV2_SHA256 = {
         "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
 }
 
-SMALL_CODECS = {"small": 32, "small64": 64}         # name -> image size
-SMALL_CHANNELS = 64                                 # C of their latents
+# The codecs that are fitted here: name -> (image size, channels of a token). More channels keep
+# more of a photograph; drawings need few, and few are easier to denoise.
+SMALL_CODECS = {"small": (32, 32), "wide": (32, 64), "small64": (64, 32)}
 CODECS = (*SMALL_CODECS, *RAES)
 
 
@@ -739,7 +740,8 @@ def latent_shape(codec_name):
     """(T, C) of a codec's latents."""
     if codec_name in RAES:
         return 256, RAES[codec_name].channels
-    return (SMALL_CODECS[codec_name] // 8) ** 2, SMALL_CHANNELS
+    size, channels = SMALL_CODECS[codec_name]
+    return (size // 8) ** 2, channels
 
 
 def default_codec(spec):
@@ -945,9 +947,8 @@ class SmallCodec(nn.Module):
 
     def __init__(self, name="small"):
         super().__init__()
-        self.name, self.image_size = name, SMALL_CODECS[name]
-        self.latent_shape = latent_shape(name)
-        channels = SMALL_CHANNELS
+        self.name, self.latent_shape = name, latent_shape(name)
+        self.image_size, channels = SMALL_CODECS[name]
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(2), nn.Conv2d(12, 32, 3, padding=1), Residual(32),    # S / 2
             nn.Conv2d(32, 64, 3, stride=2, padding=1), Residual(64),                # S / 4
@@ -1069,7 +1070,8 @@ def fit_codec_file(name, spec, steps, machine, skip_bad=False):
 
     # 60,000 images are enough, and all of ImageNet would not fit into memory.
     chosen = np.random.default_rng(0).permutation(len(dataset))[:60_000]
-    images = dataset.load_all(chosen, SMALL_CODECS[name], machine.workers, skip_bad)
+    size, _ = SMALL_CODECS[name]
+    images = dataset.load_all(chosen, size, machine.workers, skip_bad)
     print(f"{dataset.name}: fitting a codec to {len(images):,} images, once; minutes on a CPU "
           f"(see --fit_steps). Ctrl-C after {FEWEST_STEPS} steps keeps what has been learned",
           flush=True)
@@ -1337,7 +1339,8 @@ def main():
     machine = Machine(device, args.dtype, args.data_dir, args.workers)
     name = args.codec or ("small" if args.fit else default_codec(args.dataset))
     if args.fit and name in RAES:
-        raise UserError(f"--fit: {name} comes with its weights; use --codec small or small64")
+        raise UserError(f"--fit: {name} comes with its weights; use --codec "
+                        "small, wide or small64")
     showing = args.fit or args.reconstruct is not None
     if showing and not args.fit and name in SMALL_CODECS:
         if find_codec_file(name, args.dataset, args.data_dir) is None:

@@ -1,6 +1,5 @@
 """What the project promises, checked on a CPU without network: python -m pytest -q"""
 import contextlib
-import copy
 import functools
 import hashlib
 import io
@@ -476,7 +475,7 @@ def test_shipped_codec_reconstructs_unseen_shapes_by_latents_on_the_sphere():
 def test_fitting_learns_also_the_larger_codec(monkeypatch):
     images = encode.shapes(100)[0].repeat(2, 1).repeat(2, 2)
     worse, better = (encode.fit_codec(images, "small64", n, batch_size=8)[0] for n in (1, 20))
-    assert better.image_size == 64 and better.latent_shape == (64, 64)
+    assert better.image_size == 64 and better.latent_shape == (64, 32)
     assert psnr(better, encode.to_float(images)) > psnr(worse, encode.to_float(images)) + 1
     assert encode.fit_layout(torch.device("mps")) == torch.contiguous_format
 
@@ -772,7 +771,7 @@ def test_a_changed_architecture_is_told_by_tensor_and_shapes_not_as_a_damaged_fi
     checkpoint["ema"]["embed.weight"] = torch.zeros(64, 31)
     torch.save(checkpoint, copied / "wide.pt")
     fails_clearly(script("sample.py --ckpt wide.pt", copied),
-                  "embed.weight is (64, 31) in the file and (64, 64)")
+                  "embed.weight is (64, 31) in the file and (64, 32)")
 
 
 def test_nodes_load_in_turn_the_first_process_then_the_first_of_each_node_then_all(monkeypatch):
@@ -938,8 +937,7 @@ def test_distilled_checkpoints_are_sampled_in_one_unguided_pass(copied):
     out = copied / "out/photos-distilled"
     imitating, matching = read_log(out)
     assert imitating["lr"] > matching["lr"] > 0
-    assert "matching" not in imitating
-    assert {"matching", "denoising", "imitation"} <= matching.keys()
+    assert "matching" not in imitating and {"matching", "denoising"} <= matching.keys()
     works(script(f"sample.py --ckpt {out} --num_images 2", copied), "NFE 1", "'steps': 1")
     works(script("sample.py --ckpt out/photos --cfg_skip 1", copied), "NFE 7")      # 2 * 4 - 1
     teacher = copied / "out/photos/ckpt.pt"
@@ -957,21 +955,6 @@ def test_imitation_learns_what_the_sampler_draws_with_one_noise_for_all_steps():
         null = denoiser(v, torch.full_like(y, 3))
         x = null + 2 * (denoiser(v, y) - null)
     assert_close(got, x, rtol=1e-4, atol=1e-4)
-
-
-def test_every_fourth_image_goes_on_imitating_while_the_others_only_match():
-    settings = train.replace(train.DISTILL, batch_size=8)
-    losses = {}
-    for weight in (0.0, 0.25):
-        nets = model.Distillation(random_denoiser(max_angle=70.0).requires_grad_(True))
-        optimizers = train.make_distill_optimizers(nets, settings, CPU)
-        values, _, _ = train.distill_step(
-            nets, copy.deepcopy(nets.real), optimizers, settings.imitate_steps, slice(2, 8),
-            train.replace(settings, imitate_weight=weight))
-        losses[weight] = values["loss"]
-        imitates = values["imitation"] > 0
-    assert imitates.tolist() == [False, False, True, False, False, False]       # number 4 of 0-7
-    assert_close(losses[0.25], losses[0.0] + 0.25 * values["imitation"])
 
 
 @pytest.mark.parametrize("flags, way", [
@@ -1267,7 +1250,7 @@ def test_benches_print_rates_and_shares(copied):
     text = works(script("sample.py --bench --batch_size 2 --steps 6 --cfg_scale 1", copied))
     assert float(re.search(r"([\d.]+) times the time", text)[1]) > 1.5      # five trips to pixels
     text = works(processes("train.py --bench --batch_size 4", copied))
-    assert re.search(r"training tiny on latents 16x64, batch 4, 2 x cpu: [\d.]+ images/s.*% of a "
+    assert re.search(r"training tiny on latents 16x32, batch 4, 2 x cpu: [\d.]+ images/s.*% of a "
                      r"large matrix product's", text)
     assert "distilling tiny" in works(script(f"train.py --bench --batch_size 4 {DISTILL}", copied))
 
@@ -1528,7 +1511,7 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("fid.py good.npz --ref nowhere", "nowhere no such folder"),
     ("fid.py good.npz --ref nan.npz", "nan.npz NaN"),
     ("fid.py good.npz --ref keys.npz", "keys.npz foo, bar"),
-    ("fid.py good.npz --features codec --ref narrow.npz", "narrow.npz 3 features 64"),
+    ("fid.py good.npz --features codec --ref narrow.npz", "narrow.npz 3 features 32"),
     ("fid.py good.npz --features codec --ref spoilt", "spoilt --codec"),
     ("fid.py good.npz --features codec --codec other.pt --ref good.npz", "other.pt codec"),
     ("fid.py good.npz --features codec --codec out/photos --ref spoilt", "spoilt/b/2.png read"),

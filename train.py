@@ -41,9 +41,9 @@ from model import (
     PRESETS, Denoiser, Distillation, ModelConfig, distribution_matching, flops, imitation,
     largest_angle, losses, noise_angle)
 from sample import (
-    CHECKPOINT_FORMAT, SAMPLING, draw_curves, draw_grid, find_checkpoint, forward_passes,
-    generate_batches, load_checkpoint, load_checkpoint_codec, make_grid, predict, split_batches,
-    time_per_call, write_picture)
+    CHECKPOINT_FORMAT, SAMPLING, draw_curves, draw_grid, find_checkpoint, generate_batches,
+    load_checkpoint, load_checkpoint_codec, make_grid, predict, split_batches, time_per_call,
+    write_picture)
 
 
 # ========================================================================= the settings
@@ -113,8 +113,6 @@ class Settings:
                               type=bounded(int, 0))
     imitate_lr: float = flag("of distillation: peak learning rate of imitation", 1e-3,
                              type=bounded(float, 0))
-    imitate_weight: float = flag("of distillation: weight of imitation while matching", 0.25,
-                                 type=bounded(float, 0))
     teacher_steps: int = flag("of distillation: steps of the sampler to imitate", 4,
                               type=bounded(int, 1))
     teacher_cfg: float = flag("of distillation: guidance of the frozen denoiser", 1.5,
@@ -189,7 +187,7 @@ IMAGENET = Settings(                # 400 epochs
 
 DISTILL = Settings(                 # dataset, codec, preset and noise are the checkpoint's
     dataset="", codec="small", preset="tiny",
-    batch_size=64, max_steps=700, imitate_steps=400, imitate_lr=1e-3, teacher_cfg=2.0,
+    batch_size=64, max_steps=700, imitate_steps=400, imitate_lr=1e-3, teacher_cfg=1.5,
     optimizer="adamw", lr=1.5e-4, warmup=1, weight_decay=0.0, ema_decay=0.99,
     beta1=0.0, beta2=0.99,          # momentum makes matching collapse
     label_dropout=0.0, consistency_weight=0.0,
@@ -689,18 +687,6 @@ def distill_step(nets, ema, optimizers, step, share, settings, dtype="auto", gro
         with autocast(device, dtype):
             values = distribution_matching(nets, noise, labels, new_noise, angle,
                                            settings.teacher_cfg)
-
-        # A little imitation goes on, because matching alone narrows the images. Its targets
-        # take several passes each, so only every fourth image of the batch has one.
-        fourth = slice(-share.start % 4, None, 4)
-        few, few_labels = noise[fourth], labels[fourth]
-        with autocast(device, dtype):
-            target = imitation_target(nets.real, few, few_labels, settings)
-            error = imitation(nets.generator, few, few_labels, target)["loss"]
-        kept = torch.zeros(len(noise), device=device)
-        kept[fourth] = 4 * error                # so that the mean is that of the few
-        values["imitation"] = kept
-        values["loss"] = values["loss"] + settings.imitate_weight * kept
 
     optimizer.zero_grad()
     values["loss"].mean().backward()
@@ -1247,11 +1233,10 @@ def bench(training, model):
         return
 
     # In forward passes: forward and backward are three, the consistency loss's target one.
-    # Matching trains two networks, which is six, and asks a guided denoiser, which is two;
-    # a fourth of the images is imitated, too, whose targets are drawn in several passes.
+    # Matching trains two networks, which is six, and asks a guided denoiser, which is two.
     passes = 4 if settings.consistency_weight else 3
     if settings.distill:
-        passes = 8 + (3 + forward_passes(settings.teacher_steps, settings.teacher_cfg, 1)) / 4
+        passes = 8
     used = images * passes * flops(config) / WORLD_SIZE
     memory = ""
     if device.type == "cuda":
