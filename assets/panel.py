@@ -1,6 +1,6 @@
 """Draw samples below real images: one column per class, one row per method, first images.
 
-    python assets/panel.py panel.png --dataset data/cifar10/test --ckpt out/cifar10 \
+    python assets/panel.py --dataset data/cifar10/test --ckpt out/cifar10-train panel.png \
         "four steps=four.npz" "one pass=one.npz"
 
 The first two rows are real images and the codec's reconstructions of them. The others are from
