@@ -1011,8 +1011,8 @@ def fit_codec(images, name="small", steps=FIT_STEPS, batch_size=32, seed=0, devi
             noise = torch.randn(z.shape)
             y = codec.decode(rotate(z, noise.to(device), angle.to(device)), clamp=False)
 
-            # Squared errors of the pixels, and of the differences between neighbours: edges are
-            # a small part of the former, and most of what a reader of pictures misses.
+            # Squared errors of the pixels, and of the differences between neighbors, because
+            # edges weigh little in the former and make a picture look sharp.
             error = y - x
             edges = error.diff(dim=2).pow(2).mean() + error.diff(dim=3).pow(2).mean()
             loss = error.pow(2).mean() + 2 * edges

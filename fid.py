@@ -319,12 +319,12 @@ def mean_and_covariance(total):
 def precision_recall(samples, reference, k=3, block=1 << 25):
     """Share of samples (N, F) within reach of a reference image (M, F), and the other way.
 
-    A point reaches as far as its k-th nearest neighbour in its own set. block: distances
+    A point reaches as far as its k-th nearest neighbor in its own set. block: distances
     that are computed at a time. Source: arXiv 1904.06991, as ADM has it.
     """
     def share_inside(a, b):
         rows = max(1, block // len(b))
-        # A point's nearest neighbour in its own set is itself.
+        # A point's nearest neighbor in its own set is itself.
         radii = torch.cat([torch.cdist(x, b).kthvalue(k + 1).values for x in b.split(rows)])
         inside = torch.cat([(torch.cdist(x, b) <= radii).any(1) for x in a.split(rows)])
         return inside.float().mean().item()
