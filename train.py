@@ -6,8 +6,8 @@
     python train.py --distill out/shapes                         # then: draw in one pass
 
 Encodes the dataset first, if need be. Writes ckpt.pt, log.csv, curve.png and samples/ to
-out/<dataset>/. Ctrl-C saves before it stops. A resumed run takes the same
-images and noise as one that was never interrupted; on a CPU it is the same bit for bit.
+out/<dataset>/. Ctrl-C saves before it stops. A resumed run takes the same images and noise as
+one that was never interrupted; on a CPU it is the same bit for bit.
 """
 import argparse
 import copy
@@ -591,8 +591,8 @@ def take_step(optimizers, lr, grad_clip):
     finite = torch.isfinite(grad_norm)
     for optimizer in optimizers:
         if optimizer.defaults.get("fused"):
-            # If found_inf is 1, as GradScaler sets it elsewhere, a fused optimizer skips the
-            # update on the device, so the program need not wait.
+            # GradScaler's way: if found_inf is 1, a fused optimizer skips the update on the
+            # device, so the program need not wait.
             optimizer.found_inf = (~finite).float()
             optimizer.step()
         elif finite:
@@ -1204,8 +1204,8 @@ def end_if_bad(bad, training):
     """End a run whose gradients are not finite any more."""
     def fail():
         raise UserError(f"no finite gradient for {BAD_STEPS} steps in a row before step "
-                        f"{training.step}: run "
-                        f"the command again with --resume --lr {training.settings.lr / 3:.1g}")
+                        f"{training.step}: run the command again with --resume "
+                        f"--lr {training.settings.lr / 3:.1g}")
 
     if bad >= BAD_STEPS:
         on_rank0(fail)
