@@ -146,8 +146,8 @@ class Settings:
 
 SHAPES = Settings(                  # minutes on a CPU
     dataset="shapes", codec="small", preset="tiny",
-    batch_size=128, max_steps=1700,
-    optimizer="muon", lr=3e-3, warmup=100, weight_decay=0.01, ema_decay=0.999,
+    batch_size=128, max_steps=1850,
+    optimizer="muon", lr=5e-3, warmup=100, weight_decay=0.01, ema_decay=0.999,
     consistency_weight=0.0,         # worse at equal time (assets/results.md)
     steps=4, cfg_scale=2.0, cfg_skip=1,
     same_noise=False,               # new noise is better for drawings, worse for photographs
@@ -187,8 +187,8 @@ IMAGENET = Settings(                # 400 epochs
 
 DISTILL = Settings(                 # dataset, codec, preset and noise are the checkpoint's
     dataset="", codec="small", preset="tiny",
-    batch_size=64, max_steps=700, imitate_steps=400, imitate_lr=1e-3, teacher_cfg=1.5,
-    optimizer="adamw", lr=1.5e-4, warmup=1, weight_decay=0.0, ema_decay=0.99,
+    batch_size=64, max_steps=750, imitate_steps=350, imitate_lr=1e-3, teacher_cfg=1.65,
+    optimizer="adamw", lr=3e-4, warmup=1, weight_decay=0.0, ema_decay=0.99,
     beta1=0.0, beta2=0.99,          # momentum makes matching collapse
     label_dropout=0.0, consistency_weight=0.0,
     steps=1, cfg_scale=1.0, cfg_skip=0, same_noise=True,
