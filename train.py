@@ -147,7 +147,8 @@ class Settings:
 SHAPES = Settings(                  # minutes on a CPU
     dataset="shapes", codec="small", preset="tiny",
     batch_size=128, max_steps=1850,
-    optimizer="muon", lr=5e-3, warmup=100, weight_decay=0.01, ema_decay=0.999,
+    optimizer="muon", lr=5e-3,      # too high for photographs
+    warmup=100, weight_decay=0.01, ema_decay=0.999,
     consistency_weight=0.0,         # worse at equal time (assets/results.md)
     steps=4, cfg_scale=2.0, cfg_skip=1,
     same_noise=False,               # new noise is better for drawings, worse for photographs
