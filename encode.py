@@ -59,6 +59,10 @@ def run(main):
             dist.destroy_process_group()        # its threads must not outlive Python
     except UserError as error:
         sys.exit("error: " + str(error).replace("\n", " "))
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(str(error).split(". ")[:2])
+        sys.exit(f"error: {reason}; take a smaller --batch_size or, in training, a larger "
+                 "--accumulate")
     except KeyboardInterrupt:
         sys.exit("interrupted; every file already written is complete")
     except BrokenPipeError:

@@ -26,7 +26,8 @@ from encode import (
     make_parser, match_class, on_failure, on_rank0, run, to_float, to_uint8, try_compile,
     user_path, write_file)
 from model import (
-    Denoiser, ModelConfig, generate, guidance_scales, guided, rotate, sampling_angles, to_sphere)
+    Denoiser, ModelConfig, compile_blocks, generate, guidance_scales, guided, rotate,
+    sampling_angles, to_sphere)
 
 CHECKPOINT_FORMAT = 6
 SAMPLING = ("steps", "cfg_scale", "cfg_skip", "same_noise")     # settings of a run
@@ -608,7 +609,7 @@ def main():
         error = try_compile(device)
         if error is not None:
             raise UserError(f"--compile: does not work here ({in_one_line(error)})")
-        model.compile()
+        compile_blocks(model)
     if args.bench:
         on_rank0(lambda: bench(model, codec, args.batch_size, device, args.dtype, sampling))
         return

@@ -919,7 +919,8 @@ def make_training(*args):
     made.append(make(*args))
     return made[0]
 def compile_networks(training, choice):
-    training.denoiser.compile(backend="aot_eager_decomp_partition")     # as DDP sees it
+    for block in training.denoiser.blocks:
+        block.compile(backend="aot_eager_decomp_partition")     # as DDP sees it
 def main_and_save():
     main()
     nets = made[0].denoiser, made[0].ema
@@ -1148,6 +1149,29 @@ def test_compiling_is_for_cuda_and_long_runs_on_cpus_and_must_work_if_asked_for(
     assert not train.choose_compile("auto", long, CPU)
     with pytest.raises(encode.UserError, match="no g\\+\\+"):
         train.choose_compile("on", long, CPU)
+
+
+def test_compiling_takes_one_block_for_all_and_keeps_the_names_of_the_weights(monkeypatch):
+    graphs, denoiser = [], random_denoiser(depth=3)
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    compile_with = functools.partialmethod(nn.Module.compile, backend=backend)
+    monkeypatch.setattr(nn.Module, "compile", compile_with)
+    z, labels = torch.randn(2, 16, 32), torch.tensor([0, 2])
+    expected, names = denoiser(z, labels), list(denoiser.state_dict())
+    model.compile_blocks(denoiser)
+    assert_close(denoiser(z, labels), expected)
+    [graph] = graphs
+    [attention] = [node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target)]
+    assert list(denoiser.state_dict()) == names
+
+
+def test_too_little_memory_of_the_gpu_is_said_in_a_line(copied, monkeypatch):
+    def step(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    monkeypatch.setattr(train, "train_step", step)
+    fails_clearly(script(AGAIN, copied), "2.00 GiB", "--batch_size", "--accumulate")
 
 
 def test_fine_tuning_starts_from_the_weights_the_codec_and_the_rows_of_known_classes(copied):

@@ -38,8 +38,8 @@ from encode import (
     locate, make_parser, on_rank0, open_cache, prepare_codec, run, sum_over_processes, to_float,
     try_compile, user_path, write_file)
 from model import (
-    PRESETS, Denoiser, Distillation, ModelConfig, distribution_matching, flops, imitation,
-    largest_angle, losses, noise_angle)
+    PRESETS, Denoiser, Distillation, ModelConfig, compile_blocks, distribution_matching, flops,
+    imitation, largest_angle, losses, noise_angle)
 from sample import (
     CHECKPOINT_FORMAT, SAMPLING, draw_curves, draw_grid, find_checkpoint, generate_batches,
     load_checkpoint, load_checkpoint_codec, make_grid, predict, split_batches, time_per_call,
@@ -884,7 +884,7 @@ def compile_networks(training, choice):
         return
     networks = training.nets.children() if training.nets else [training.denoiser]
     for network in networks:
-        network.compile()
+        compile_blocks(network)
     if RANK == 0:
         print("the first step takes longer: torch.compile (see --compile)", flush=True)
 
