@@ -230,7 +230,7 @@ def sincos_2d(tokens, width):
 
 
 def compile_blocks(denoiser):
-    """torch.compile, in place. All blocks have the same code, so it compiles only one of them."""
+    """torch.compile in place. All blocks have the same code, so only one of them is compiled."""
     for block in denoiser.blocks:
         block.compile()
 

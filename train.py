@@ -884,7 +884,10 @@ def compile_networks(training, choice):
         return
     networks = training.nets.children() if training.nets else [training.denoiser]
     for network in networks:
-        compile_blocks(network)
+        if training.machine.device.type == "cuda":
+            network.compile()           # a minute for B, but a step is some 3% faster
+        else:
+            compile_blocks(network)
     if RANK == 0:
         print("the first step takes longer: torch.compile (see --compile)", flush=True)
 
