@@ -198,6 +198,12 @@ def try_compile(device):
     return None
 
 
+def compile_blocks(denoiser):
+    """torch.compile in place. All blocks have the same code, so only one of them is compiled."""
+    for block in denoiser.blocks:
+        block.compile()
+
+
 @contextlib.contextmanager
 def exit_if_peer_died():
     """Around collective calls, which fail when another process has ended.

@@ -229,12 +229,6 @@ def sincos_2d(tokens, width):
     return torch.cat([column, row], dim=1)[None]
 
 
-def compile_blocks(denoiser):
-    """torch.compile in place. All blocks have the same code, so only one of them is compiled."""
-    for block in denoiser.blocks:
-        block.compile()
-
-
 def flops(config):
     """FLOPs (two per multiply-add) of the matrix products of one image's forward pass."""
     T, D, hidden = config.tokens, config.width, 8 * round(config.width / 3)

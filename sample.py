@@ -21,13 +21,12 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from encode import (
-    RANK, WORLD_SIZE, UserError, autocast, bounded, check_writable, exit_if_peer_died,
-    find_images, fingerprint, in_one_line, in_turn, join_processes, load_codec, load_state,
-    make_parser, match_class, on_failure, on_rank0, run, to_float, to_uint8, try_compile,
-    user_path, write_file)
+    RANK, WORLD_SIZE, UserError, autocast, bounded, check_writable, compile_blocks,
+    exit_if_peer_died, find_images, fingerprint, in_one_line, in_turn, join_processes,
+    load_codec, load_state, make_parser, match_class, on_failure, on_rank0, run, to_float,
+    to_uint8, try_compile, user_path, write_file)
 from model import (
-    Denoiser, ModelConfig, compile_blocks, generate, guidance_scales, guided, rotate,
-    sampling_angles, to_sphere)
+    Denoiser, ModelConfig, generate, guidance_scales, guided, rotate, sampling_angles, to_sphere)
 
 CHECKPOINT_FORMAT = 6
 SAMPLING = ("steps", "cfg_scale", "cfg_skip", "same_noise")     # settings of a run

@@ -1160,7 +1160,7 @@ def test_compiling_takes_one_block_for_all_and_keeps_the_names_of_the_weights(mo
     monkeypatch.setattr(nn.Module, "compile", compile_with)
     z, labels = torch.randn(2, 16, 32), torch.tensor([0, 2])
     expected, names = denoiser(z, labels), list(denoiser.state_dict())
-    model.compile_blocks(denoiser)
+    encode.compile_blocks(denoiser)
     assert_close(denoiser(z, labels), expected)
     [graph] = graphs
     [attention] = [node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target)]

@@ -32,14 +32,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fid
 from encode import (
-    CHUNK, CODECS, FIT_STEPS, RANK, SMALL_CODECS, WORLD_SIZE, Cache, Dataset, Machine, UserError,
-    autocast, barrier, bounded, cache_key, check_writable, default_codec, exit_if_peer_died,
-    find_dataset, fingerprint, in_one_line, join_processes, latent_shape, load_state,
-    locate, make_parser, on_rank0, open_cache, prepare_codec, run, sum_over_processes, to_float,
-    try_compile, user_path, write_file)
+    CHUNK, CODECS, FIT_STEPS, RANK, SMALL_CODECS, WORLD_SIZE, Cache, Dataset, Machine,
+    UserError, autocast, barrier, bounded, cache_key, check_writable, compile_blocks,
+    default_codec, exit_if_peer_died, find_dataset, fingerprint, in_one_line, join_processes,
+    latent_shape, load_state, locate, make_parser, on_rank0, open_cache, prepare_codec, run,
+    sum_over_processes, to_float, try_compile, user_path, write_file)
 from model import (
-    PRESETS, Denoiser, Distillation, ModelConfig, compile_blocks, distribution_matching, flops,
-    imitation, largest_angle, losses, noise_angle)
+    PRESETS, Denoiser, Distillation, ModelConfig, distribution_matching, flops, imitation,
+    largest_angle, losses, noise_angle)
 from sample import (
     CHECKPOINT_FORMAT, SAMPLING, draw_curves, draw_grid, find_checkpoint, generate_batches,
     load_checkpoint, load_checkpoint_codec, make_grid, predict, split_batches, time_per_call,
