@@ -61,8 +61,8 @@ def run(main):
         sys.exit("error: " + str(error).replace("\n", " "))
     except torch.OutOfMemoryError as error:
         reason = ". ".join(str(error).split(". ")[:2])
-        sys.exit(f"error: {reason}; take a smaller --batch_size or, in training, a larger "
-                 "--accumulate")
+        sys.exit(f"error: {reason}; take a smaller --batch_size or, in training without "
+                 "--distill, a larger --accumulate")
     except KeyboardInterrupt:
         sys.exit("interrupted; every file already written is complete")
     except BrokenPipeError:
@@ -280,6 +280,8 @@ def bounded(number, low, high=None):
             return value
         limits = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ArgumentTypeError(f"must be {limits}, got {text}")
+
+    parse.__name__ = number.__name__        # argparse says "invalid int value"
     return parse
 
 
@@ -1113,7 +1115,8 @@ def prepare_codec(name, spec, machine, fit_steps=FIT_STEPS, refit=False, skip_ba
         print(f"codec: {path}, fitted for {contents['steps']:,} steps to "
               f"{contents['images']:,} images")
         if contents["steps"] < contents["asked"]:
-            print("       (interrupted; python encode.py --fit fits another)")
+            line = shlex.join(["--dataset", str(spec), "--codec", name, "--fit"])
+            print(f"       (interrupted; python encode.py {line} fits another)")
         return path
 
     path = on_rank0(find_file)

@@ -742,7 +742,7 @@ def parse_args():
              "classifier trained on nine tenths of the reference, which then is the other tenth")
     add("--codec", type=user_path, metavar="CODEC",
         help="for --features codec: a name, a checkpoint, or a codec's file; default: the "
-             "reference's")
+             "reference's, or if that is a file, the one for shapes")
     return parser.parse_args()
 
 

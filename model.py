@@ -282,7 +282,7 @@ def sampling_angles(steps, max_angle):
     """The noise angle before each step: tan(a_k) = (1 - k / n)^1.5 tan(max_angle).
 
     max_angle: degrees. Returns n falling angles in radians. (The first step starts from
-    pure noise, which is 90 degrees from any image, so there a_0 makes no difference.)
+    pure noise, which is 90 degrees from any image, so on the sphere a_0 makes no difference.)
     """
     limit = math.tan(math.radians(max_angle))
     return [math.atan((1 - k / steps) ** 1.5 * limit) for k in range(steps)]
@@ -321,7 +321,7 @@ def generate(model, labels, noise, angles, scales, start=None):
     from pure noise (SDEdit, arXiv 2108.01073). Yields each step's prediction, (B, T, C)
     float32. Source: paper, few-step sampling.
     """
-    # Nothing is known at first: rotated from 0 by any angle, v is pure noise.
+    # Nothing is known at first: rotated from 0, v is pure noise.
     x = torch.zeros_like(noise[0]) if start is None else start
     for e, angle, scale in zip(noise, angles, scales):
         v = rotate(x, e, angle, model.config.sphere)

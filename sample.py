@@ -514,7 +514,7 @@ def parse_args():
     add("--ckpt", type=user_path, default="out",
         help="a checkpoint, or a folder: the newest in it; default: out")
     add("--num_images", type=bounded(int, 1),
-        help="default: 8 of each of the first ten classes; with --init, edits of each image")
+        help="default: 8 of each of the first ten classes, or 1 of each for a filmstrip or edit")
     add("--classes", nargs="+", help="names or numbers, in equal shares; default: all")
     add("--seed", type=bounded(int, 0), default=0, help="of the noise; default: 0")
     add("--out", type=user_path,
@@ -576,12 +576,11 @@ def open_checkpoint(typed):
     return path, checkpoint
 
 
-def announce(path, checkpoint, drawn, filmstrip, sampling, options):
+def announce(path, checkpoint, drawn, cost, sampling):
     """Say what is drawn from which checkpoint, and at what cost."""
     settings = checkpoint["settings"]
-    at_most = "at most " if filmstrip == "edit" else ""
     print(f"{path}: step {checkpoint['step']:,} of {settings['max_steps']:,}, {drawn} images, "
-          f"{sampling}, NFE {at_most}{forward_passes(sampling['steps'], **options)}", flush=True)
+          f"{sampling}, {cost}", flush=True)
     if sampling["steps"] > 8 and settings["steps"] <= 8:
         print("note: more than 6 to 8 steps make samples worse (assets/results.md)")
 
@@ -600,6 +599,9 @@ def main():
     model = load_model(checkpoint, device)
     codec = load_checkpoint_codec(checkpoint, device)
     classes = checkpoint["classes"]
+    if filmstrip == "angle" and not model.config.sphere:
+        raise UserError(f"--filmstrip angle: turns samples on the sphere; {path} was trained with "
+                        "--no-sphere")
     sampling = sampling_options(checkpoint)
     sampling.update({name: vars(args)[name] for name in SAMPLING if name in args})
     options = dict(cfg_scale=sampling["cfg_scale"], cfg_skip=sampling["cfg_skip"])
@@ -625,13 +627,15 @@ def main():
         raise UserError("--filmstrip slerp: needs two samples, or two images of --init")
     out, result = on_rank0(lambda: choose_output(args.out, path.parent, filmstrip))
 
-    drawn = len(labels)
+    passes = forward_passes(sampling["steps"], **options)
+    drawn, cost = len(labels), f"NFE {passes}"
     if filmstrip == "edit":
         drawn = len(dataset) * len(labels) * len(args.init_angle)
+        cost = f"NFE at most {passes}"
     elif dataset is not None:
-        drawn = len(dataset)
+        drawn, cost = len(dataset), "no denoising"          # slerp between images
     if RANK == 0:
-        announce(path, checkpoint, drawn, filmstrip, sampling, options)
+        announce(path, checkpoint, drawn, cost, sampling)
     comment = shlex.join(["python", *sys.argv])
 
     # Filmstrips are small: rank 0 draws them alone.

@@ -934,7 +934,7 @@ script.compile_networks = compile_networks"""), "2 x cpu")
 
 def test_distilled_checkpoints_are_sampled_in_one_unguided_pass(copied):
     flags = "--max_steps 4 --batch_size 4 --imitate_steps 2 --log_every 2"
-    works(script(f"train.py --distill out/photos {flags}", copied), "no images needed")
+    works(script(f"train.py --distill out {flags}", copied), "no images needed")    # the newest
     out = copied / "out/photos-distilled"
     imitating, matching = read_log(out)
     assert imitating["lr"] > matching["lr"] > 0
@@ -944,6 +944,8 @@ def test_distilled_checkpoints_are_sampled_in_one_unguided_pass(copied):
     teacher = copied / "out/photos/ckpt.pt"
     assert list(load(out / "ckpt.pt")["model"]) == list(load(teacher)["model"])
     fails_clearly(script(f"train.py --distill {out}", copied), out, "already")
+    line = "train.py --distill out/photos --resume --max_steps 8 --accumulate 2"
+    fails_clearly(script(line, copied), "--accumulate", "--distill")
 
 
 def test_imitation_learns_what_the_sampler_draws_with_one_noise_for_all_steps():
@@ -1301,6 +1303,14 @@ def test_filmstrips_show_steps_guidance_angles_and_the_way_between_samples(works
         assert Image.open(workspace / "strip.png").size == (size[0] * 100 + 4, size[1] * 124 + 4)
 
 
+def test_angles_are_not_shown_of_a_denoiser_that_was_trained_without_the_sphere(copied):
+    checkpoint = load(copied / "out/photos/ckpt.pt")
+    checkpoint["config"]["sphere"] = False
+    torch.save(checkpoint, copied / "flat.pt")
+    line = "sample.py --ckpt flat.pt --filmstrip angle --out x.png"
+    fails_clearly(script(line, copied), "flat.pt", "--no-sphere")
+
+
 def test_an_edit_starts_from_the_image_turned_by_its_angle_and_takes_the_steps_below_it():
     denoiser, y = random_denoiser(max_angle=80.0), torch.tensor([0, 1, 2])
     noise, z = torch.randn(4, 3, 16, 32), torch.randn(3, 16, 32)
@@ -1500,6 +1510,8 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("train.py --distill out/photos/ckpt.pt --preset S", "out/photos/ckpt.pt --preset tiny"),
     ("train.py --distill out/photos --accumulate 2", "--accumulate --distill"),
     ("train.py --distill out/photos --warmup 9", "--warmup --distill"),
+    ("train.py --distill out/photos --max_steps 300", "--max_steps 300 --imitate_steps"),
+    ("train.py --max_steps 1e4", "--max_steps invalid int 1e4"),
     ("train.py --resume --distill out/photos --out_dir out/photos", "is not a distillation"),
     ("train.py --resume --dataset photos --accumulate 3", "--batch_size multiple of 3"),
     ("train.py --resume --dataset spoilt --out_dir out/photos", "has --dataset photos"),

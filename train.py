@@ -63,8 +63,8 @@ YES_OR_NO = argparse.BooleanOptionalAction
 class Settings:
     """What makes a run what it is: every field is a flag, and is stored in the checkpoint.
 
-    A field with a default is the same for every kind of run; the others are set by each of
-    the blocks below.
+    A field with a default has that value unless a block below says otherwise; the others are
+    set by every block.
     """
 
     # The data.
@@ -109,13 +109,13 @@ class Settings:
                           type=user_path)
     distill: str = flag("checkpoint to make a one-step generator of", "", metavar="CKPT",
                         type=user_path)
-    imitate_steps: int = flag("of distillation: number of imitation steps, before matching", 0,
+    imitate_steps: int = flag("of distillation: number of imitation steps, before matching", 350,
                               type=bounded(int, 0))
     imitate_lr: float = flag("of distillation: peak learning rate of imitation", 1e-3,
                              type=bounded(float, 0))
     teacher_steps: int = flag("of distillation: steps of the sampler to imitate", 4,
                               type=bounded(int, 1))
-    teacher_cfg: float = flag("of distillation: guidance of the frozen denoiser", 1.5,
+    teacher_cfg: float = flag("of distillation: guidance of the frozen denoiser", 1.65,
                               type=bounded(float, 0, 20))
 
     # How images are drawn from it.
@@ -188,7 +188,7 @@ IMAGENET = Settings(                # 400 epochs
 
 DISTILL = Settings(                 # dataset, codec, preset and noise are the checkpoint's
     dataset="", codec="small", preset="tiny",
-    batch_size=64, max_steps=750, imitate_steps=350, imitate_lr=1e-3, teacher_cfg=1.65,
+    batch_size=64, max_steps=750,   # the first of them are --imitate_steps
     optimizer="adamw", lr=3e-4, warmup=1, weight_decay=0.0, ema_decay=0.99,
     beta1=0.0, beta2=0.99,          # momentum makes matching collapse
     label_dropout=0.0, consistency_weight=0.0,
@@ -229,11 +229,16 @@ def choose_settings(flags, start=None):
     if flags.get("distill"):
         if saved["distill"] or not saved["sphere"]:
             raise UserError(f"{source}: is distilled already, or was trained with --no-sphere")
-        for name in NOT_FOR_DISTILL:
-            if name in flags:
-                raise UserError(f"--{name}: means nothing to --distill; drop it")
+        refuse_for_distill(flags)
         block = replace(block, dataset=saved["dataset"])
     return replace(block, **flags)
+
+
+def refuse_for_distill(flags):
+    """Raise UserError if a flag means nothing to distillation."""
+    for name in NOT_FOR_DISTILL:
+        if name in flags:
+            raise UserError(f"--{name}: means nothing to --distill; drop it")
 
 
 def refuse_changes(flags, saved, names, path):
@@ -295,6 +300,9 @@ def make_plan(flags, out_dir, resume, data_dir):
         source = find_checkpoint(source) if source else None
         settings = choose_settings(flags, load_checkpoint(source) if source else None)
 
+    if settings.distill and settings.max_steps <= settings.imitate_steps:
+        raise UserError(f"--max_steps {settings.max_steps}: ends before matching begins; take more "
+                        f"steps, or fewer --imitate_steps than {settings.imitate_steps}")
     parts = WORLD_SIZE * settings.accumulate
     if settings.batch_size % parts:
         raise UserError(f"--batch_size: must be a multiple of {parts}")
@@ -311,6 +319,8 @@ def resumed_settings(flags, path, data_dir):
     refuse_changes(flags, saved, FIXED_ON_RESUME, path)
     if bool(flags.get("distill", saved["distill"])) != bool(saved["distill"]):
         raise UserError(f"{path}: is not a distillation; use another --out_dir")
+    if saved["distill"]:
+        refuse_for_distill(flags)
     name, _ = locate(flags.get("dataset", saved["dataset"]), data_dir)
     saved_name, _ = locate(saved["dataset"], data_dir)
     if name != saved_name:
@@ -321,8 +331,7 @@ def resumed_settings(flags, path, data_dir):
 def default_out_dir(flags, source, data_dir):
     """out/<dataset>; a distilled run goes next to its source, and so does one tuned further."""
     if flags.get("distill"):
-        folder = Path(source) if Path(source).is_dir() else Path(source).parent
-        return Path(f"{folder}-distilled")
+        return Path(f"{find_checkpoint(source).parent}-distilled")
     name, _ = locate(flags.get("dataset", "shapes"), data_dir)
     out_dir = Path("out") / name
     if source and find_checkpoint(source).resolve() == (out_dir / "ckpt.pt").resolve():
@@ -333,8 +342,8 @@ def default_out_dir(flags, source, data_dir):
 # ============================================================================= the data
 
 # A thread reads the next batch while the network learns from this one: it calls `read`, and
-# the main thread `to_latents`. The thread must not call torch's operations: on a CPU they
-# slow down every step of the main thread, and on MPS two threads that use the GPU can crash.
+# the main thread `to_latents`. The thread must not compute with torch: on a CPU that slows
+# down every step of the main thread, and on MPS two threads that use the GPU can crash.
 
 def move(array, device):
     """A numpy array or host tensor on the device.
@@ -885,7 +894,7 @@ def compile_networks(training, choice):
     networks = training.nets.children() if training.nets else [training.denoiser]
     for network in networks:
         if training.machine.device.type == "cuda":
-            network.compile()           # a minute for B, but a step is some 3% faster
+            network.compile()           # takes a minute for B, but its steps are 2% faster
         else:
             compile_blocks(network)
     if RANK == 0:
@@ -1063,7 +1072,10 @@ def prepare_evaluation(training):
             extractor = fid.codec_extractor(codec, machine.device)
         return extractor, fid.open_set(reference_path, machine.data_dir)
 
-    on_rank0(lambda: open_both() and None)      # what is missing is said by one process only
+    def check():
+        open_both()
+
+    on_rank0(check)                 # so that one process alone says what is missing
     extractor, reference = open_both()
     size = extractor.size or codec.image_size
     mu, sigma = fid.reference_moments(reference, extractor, size, machine.workers)
@@ -1206,10 +1218,14 @@ def train(training, model, data, evaluation, caught):
 
 def end_if_bad(bad, training):
     """End a run whose gradients are not finite any more."""
+    settings = training.settings
+    imitating = settings.distill and training.step <= settings.imitate_steps
+    name = "imitate_lr" if imitating else "lr"
+
     def fail():
         raise UserError(f"no finite gradient for {BAD_STEPS} steps in a row before step "
                         f"{training.step}: run the command again with --resume "
-                        f"--lr {training.settings.lr / 3:.1g}")
+                        f"--{name} {getattr(settings, name) / 3:.1g}")
 
     if bad >= BAD_STEPS:
         on_rank0(fail)

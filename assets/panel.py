@@ -1,4 +1,4 @@
-"""Draw samples below real images: one column per class, one row per method, first images.
+"""Draw samples below real images: a column per class, a row per method, the first image of each.
 
     python assets/panel.py --dataset data/cifar10/test --ckpt out/cifar10-train panel.png \
         "four steps=four.npz" "one pass=one.npz"
@@ -14,12 +14,15 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from encode import find_dataset, run, to_float, to_uint8
-from sample import draw_grid, load_checkpoint, load_checkpoint_codec, write_picture
+from encode import UserError, find_dataset, run, to_float, to_uint8
+from sample import PICTURES, draw_grid, load_checkpoint, load_checkpoint_codec, write_picture
 
 
-def first_of_each(labels, num_classes):
-    """The index of the first image of each class."""
+def first_of_each(labels, num_classes, path):
+    """The index of the first image of each class. path: where they are from."""
+    missing = set(range(num_classes)) - set(labels.tolist())
+    if missing:
+        raise UserError(f"{path}: has no image of class {min(missing)}; take more images")
     return [int(np.flatnonzero(labels == k)[0]) for k in range(num_classes)]
 
 
@@ -31,11 +34,14 @@ def main():
     add("--ckpt", required=True, help="checkpoint whose codec reconstructs them")
     add("rows", nargs="*", metavar="TITLE=FILE", help="npz of samples with labels")
     args = parser.parse_args()
+    if Path(args.out).suffix.lower() not in PICTURES:
+        raise UserError(f"{args.out}: must end in {', '.join(PICTURES)}")
 
     dataset = find_dataset(args.dataset)
     classes = dataset.classes
     codec = load_checkpoint_codec(load_checkpoint(args.ckpt))
-    real = dataset.load_all(first_of_each(dataset.labels, len(classes)), codec.image_size, 2)
+    chosen = first_of_each(dataset.labels, len(classes), args.dataset)
+    real = dataset.load_all(chosen, codec.image_size, workers=2)
     with torch.no_grad():
         reconstructed = to_uint8(codec.decode(codec.encode(to_float(real))))
 
@@ -43,7 +49,7 @@ def main():
     for row in args.rows:
         title, path = row.split("=", 1)
         with np.load(path) as samples:
-            first = first_of_each(samples["arr_1"], len(classes))
+            first = first_of_each(samples["arr_1"], len(classes), path)
             rows.append((title, samples["arr_0"][first]))
 
     grid = [[(image, f"{name}\n{title}") for image, name in zip(images, classes)]
