@@ -582,7 +582,7 @@ def announce(path, checkpoint, drawn, cost, sampling):
     print(f"{path}: step {checkpoint['step']:,} of {settings['max_steps']:,}, {drawn} images, "
           f"{sampling}, {cost}", flush=True)
     if sampling["steps"] > 8 and settings["steps"] <= 8:
-        print("note: more than 6 to 8 steps make samples worse (assets/results.md)")
+        print("note: many steps take samples further from the data (assets/results.md)")
 
 
 def main():
