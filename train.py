@@ -891,12 +891,13 @@ def compile_networks(training, choice):
     """Compile the networks in place, so that state dicts keep their names, if `choice` says so."""
     if not choose_compile(choice, training.settings, training.machine.device):
         return
-    networks = training.nets.children() if training.nets else [training.denoiser]
-    for network in networks:
-        if training.machine.device.type == "cuda":
-            network.compile()           # takes a minute for B, but its steps are 2% faster
-        else:
+    if training.nets:
+        for network in training.nets.children():
             compile_blocks(network)
+    elif training.machine.device.type == "cuda":
+        training.denoiser.compile()     # takes a minute for B, but its steps are 2% faster
+    else:
+        compile_blocks(training.denoiser)
     if RANK == 0:
         print("the first step takes longer: torch.compile (see --compile)", flush=True)
 
