@@ -495,7 +495,8 @@ def test_ctrl_c_keeps_a_codec_only_if_it_is_worth_it_and_says_how_long_it_was_fi
     assert not list((tmp_path / "data/pets").glob("*.pt"))
     steps = itertools.count()
     monkeypatch.setattr(encode, "FEWEST_STEPS", 3)
-    works(script(line, tmp_path), "fitted for 3 steps to 8 images", "interrupted")
+    works(script(line, tmp_path), "fitted for 3 steps to 8 images", "interrupted",
+          "encode.py --dataset pets --codec small --fit")
 
 
 def test_the_codec_fitted_last_is_taken_also_from_copied_files(copied):
@@ -1633,7 +1634,7 @@ def test_readme_and_guide_name_only_flags_and_files_that_exist(text, folder):
              "rdzv_endpoint", "shutdown_timeout", "max"}
     for name in ("encode.py", "train.py", "sample.py", "fid.py"):
         known |= set(re.findall(r'"--(\w+)"', (HERE / name).read_text()))
-    flags = set(re.findall(r"(?<![\w-])--([a-z]\w+)", text))
+    flags = set(re.findall(r"(?<![\w-])--(?:no-)?([a-z]\w+)", text))
     assert len(flags) > 10 and flags <= known, flags - known
     linked = re.findall(r"\]\((?!http)([^)#]+)\)", text)
     scripts = re.findall(r"python (\w+\.py)", text)
