@@ -61,6 +61,7 @@ def run(main):
     except UserError as error:
         sys.exit("error: " + str(error).replace("\n", " "))
     except torch.OutOfMemoryError as error:
+        # Its first two sentences: that memory is short, and by how much.
         reason = ". ".join(str(error).split(". ")[:2])
         sys.exit(f"error: {reason}; take a smaller --batch_size or, in training without "
                  "--distill, a larger --accumulate")

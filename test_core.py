@@ -920,8 +920,7 @@ def make_training(*args):
     made.append(make(*args))
     return made[0]
 def compile_networks(training, choice):
-    for block in training.denoiser.blocks:
-        block.compile(backend="aot_eager_decomp_partition")     # as DDP sees it
+    training.denoiser.compile(backend="aot_eager_decomp_partition")     # as DDP sees it
 def main_and_save():
     main()
     nets = made[0].denoiser, made[0].ema

@@ -188,7 +188,7 @@ IMAGENET = Settings(                # 400 epochs
 
 DISTILL = Settings(                 # dataset, codec, preset and noise are the checkpoint's
     dataset="", codec="small", preset="tiny",
-    batch_size=64, max_steps=750,   # the first of them are --imitate_steps
+    batch_size=64, max_steps=750,   # the first --imitate_steps of them imitate
     optimizer="adamw", lr=3e-4, warmup=1, weight_decay=0.0, ema_decay=0.99,
     beta1=0.0, beta2=0.99,          # momentum makes matching collapse
     label_dropout=0.0, consistency_weight=0.0,
