@@ -1001,8 +1001,9 @@ def fit_layout(device):
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-def fit_codec(images, name="small", steps=FIT_STEPS, batch_size=32, seed=0, device="cpu"):
-    """Train a small codec on images (N, S, S, 3) uint8.
+def fit_codec(images, name="small", steps=FIT_STEPS, batch_size=32, seed=0, device="cpu",
+              flip=False):
+    """Train a small codec on images (N, S, S, 3) uint8, and on mirrored ones if flip says so.
 
     Ctrl-C ends the fit early. Returns the codec, frozen, and the number of steps it took.
     """
@@ -1017,7 +1018,11 @@ def fit_codec(images, name="small", steps=FIT_STEPS, batch_size=32, seed=0, devi
     try:
         for _ in tqdm(range(steps), desc="fitting the small codec", unit="step", mininterval=1):
             indexes = torch.randint(len(images), (batch_size,))
-            x = to_float(images[indexes], device).contiguous(memory_format=layout)
+            x = to_float(images[indexes], device)
+            if flip:
+                half = batch_size // 2
+                x = torch.cat([x[:half].flip(3), x[half:]])
+            x = x.contiguous(memory_format=layout)
             z = codec.encode(x)
 
             # Noise in three of four latents prepares the decoder for the denoiser's errors.
@@ -1078,7 +1083,7 @@ def find_codec_file(name, spec, data_dir="data"):
     return newest
 
 
-def fit_codec_file(name, spec, steps, machine, skip_bad=False):
+def fit_codec_file(name, spec, steps, machine, flip=False, skip_bad=False):
     """Fit a small codec to a dataset and write it to a file. Returns its path."""
     dataset = find_dataset(spec, machine.data_dir)
 
@@ -1089,7 +1094,7 @@ def fit_codec_file(name, spec, steps, machine, skip_bad=False):
     print(f"{dataset.name}: fitting a codec to {len(images):,} images, once; minutes on a CPU "
           f"(see --fit_steps). Ctrl-C after {FEWEST_STEPS} steps keeps what has been learned",
           flush=True)
-    codec, taken = fit_codec(images, name, steps, device=machine.device)
+    codec, taken = fit_codec(images, name, steps, device=machine.device, flip=flip)
 
     contents = dict(name=name, weights=half_weights(codec), steps=taken, asked=steps,
                     images=len(images), digest=dataset.digest, fitted=time.time())
@@ -1098,9 +1103,12 @@ def fit_codec_file(name, spec, steps, machine, skip_bad=False):
     return path
 
 
-def prepare_codec(name, spec, machine, fit_steps=FIT_STEPS, refit=False, skip_bad=False,
-                  decoder=True):
-    """The codec for a dataset. A small one is fitted if there is none, or if refit says so."""
+def prepare_codec(name, spec, machine, fit_steps=FIT_STEPS, refit=False, flip=False,
+                  skip_bad=False, decoder=True):
+    """The codec for a dataset. A small one is fitted if there is none, or if refit says so.
+
+    flip: fit it to the mirrored images, too.
+    """
     def find_file():
         dataset_name, folder = locate(spec, machine.data_dir)
         data = Path(machine.data_dir) / dataset_name
@@ -1112,13 +1120,18 @@ def prepare_codec(name, spec, machine, fit_steps=FIT_STEPS, refit=False, skip_ba
 
         path = find_codec_file(name, spec, machine.data_dir)
         if refit or path is None:
-            path = fit_codec_file(name, spec, fit_steps, machine, skip_bad)
+            path = fit_codec_file(name, spec, fit_steps, machine, flip, skip_bad)
         contents = read_codec_file(path)
         print(f"codec: {path}, fitted for {contents['steps']:,} steps to "
               f"{contents['images']:,} images")
         if contents["steps"] < contents["asked"]:
-            line = shlex.join(["--dataset", str(spec), "--codec", name, "--fit"])
-            print(f"       (interrupted; python encode.py {line} fits another)")
+            line = ["--dataset", str(spec), "--codec", name, "--fit",
+                    "--fit_steps", str(contents["asked"])]
+            if flip:
+                line += ["--flip"]
+            if machine.data_dir != "data":
+                line += ["--data_dir", str(machine.data_dir)]
+            print(f"       (interrupted; python encode.py {shlex.join(line)} fits another)")
         return path
 
     path = on_rank0(find_file)
@@ -1214,8 +1227,12 @@ def write_index(cache):
                  codec_fingerprint=cache.codec_fingerprint, images_digest=cache.images_digest,
                  flip=cache.flip, written=time.time())
     write_file(cache.folder / "index.json", lambda file: file.write(json.dumps(index).encode()))
-    for leftover in cache.folder.glob("*.tmp"):     # of processes that were killed
-        leftover.unlink(missing_ok=True)
+
+    # Temporary files of processes that were killed; a younger one may be somebody's work.
+    for leftover in cache.folder.glob("*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if leftover.stat().st_mtime < time.time() - 3600:
+                leftover.unlink()
 
 
 def complete_caches(spec, codec, flip=False, data_dir="data"):
@@ -1233,7 +1250,7 @@ def complete_caches(spec, codec, flip=False, data_dir="data"):
 def find_cache(spec, codec, flip=False, key="", data_dir="data"):
     """The cache to use: a complete one and None, or one to fill and the Dataset to fill it from.
 
-    key: of the cache that a resumed run began with; raises UserError if it cannot be had.
+    key: of the cache that a resumed run began with; raises UserError if it is not available.
     """
     caches = complete_caches(spec, codec, flip, data_dir)
     if key:
@@ -1336,7 +1353,7 @@ def parse_args():
         help="shapes (the default), flowers, afhq, imagenet, or a folder of images")
     add("--codec", choices=CODECS,
         help="the autoencoder; default: rae for flowers, afhq and imagenet, else small")
-    add("--flip", action="store_true", help="encode the mirrored images, too")
+    add("--flip", action="store_true", help="encode (or --fit to) the mirrored images, too")
     add("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
     add("--fit", action="store_true", help="fit a small codec to the dataset, and show it")
     add("--fit_steps", type=bounded(int, 1), default=FIT_STEPS,
@@ -1344,7 +1361,7 @@ def parse_args():
     add("--reconstruct", metavar="PATH", nargs="?", const="", type=user_path,
         help="show what the codec keeps of an image, a folder of them, or the dataset")
     add("--out", type=user_path, default="out/reconstruction.png",
-        help="the picture of --reconstruct and --fit; default: out/reconstruction.png")
+        help="the picture of --reconstruct and --fit, a PNG; default: out/reconstruction.png")
     return parser.parse_args()
 
 
@@ -1357,11 +1374,16 @@ def main():
         raise UserError(f"--fit: {name} comes with its weights; use --codec "
                         "small, wide or small64")
     showing = args.fit or args.reconstruct is not None
+    if showing:
+        if Path(args.out).suffix.lower() != ".png":
+            raise UserError(f"--out {args.out}: must end in .png")
+        check_writable(Path(args.out).parent, "--out")
     if showing and not args.fit and name in SMALL_CODECS:
         if find_codec_file(name, args.dataset, args.data_dir) is None:
             raise UserError(f"--reconstruct: no codec {name} is fitted to {args.dataset}; "
                             "--fit fits one, in minutes, and shows it")
-    codec = prepare_codec(name, args.dataset, machine, args.fit_steps, args.fit, args.skip_bad)
+    codec = prepare_codec(name, args.dataset, machine, args.fit_steps, args.fit, args.flip,
+                          args.skip_bad)
 
     def show():
         if args.reconstruct:

@@ -599,11 +599,16 @@ def map_images(path):
         return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
-def image_batches(dataset, size, workers):
-    """This process's share of a dataset: yields (B, size, size, 3) uint8, by ADM's crop."""
+def image_batches(dataset, size, workers, skip_bad=False):
+    """This process's share of a dataset: yields (B, size, size, 3) uint8, by ADM's crop.
+
+    skip_bad: leave out images that cannot be read.
+    """
     index_lists = np.split(np.arange(len(dataset)), range(BATCH, len(dataset), BATCH))
-    for images in dataset.batches(index_lists[RANK::WORLD_SIZE], size, workers):
-        yield np.stack(images)
+    for images in dataset.batches(index_lists[RANK::WORLD_SIZE], size, workers, skip_bad):
+        good = [image for image in images if image is not None]
+        if good:
+            yield np.stack(good)
 
 
 def sample_size(samples):
@@ -628,8 +633,8 @@ def sample_size(samples):
 def measure(batches, count, extractor, metrics, kept=KEPT_SAMPLES, name="samples"):
     """Measure what the metrics compare, over `count` images in batches (B, S, S, 3) uint8.
 
-    Returns a dict: mu, sigma and for Inception mu_s, sigma_s; if a metric needs them, logits
-    (N, C) and pool3 (kept, F).
+    Returns a dict: count, network, mu, sigma and for Inception mu_s, sigma_s; if a metric needs
+    them, logits (N, C) and pool3 (kept, F).
     """
     is_kept = torch.from_numpy(np.isin(np.arange(count), shuffled(count)[:kept]))
     keeps_pool3 = "precision" in metrics or "recall" in metrics
@@ -670,12 +675,12 @@ def moments_of(batches, extractor):
     return mean_and_covariance(sum_over_processes(total))
 
 
-def reference_moments(reference, extractor, size, workers):
+def reference_moments(reference, extractor, size, workers, skip_bad=False):
     """mu and sigma of an ImageSet, from its file or measured by all processes together."""
     if "mu" in reference.statistics:
         check_statistics(reference, extractor, size)
         return reference.statistics["mu"], reference.statistics["sigma"]
-    return moments_of(image_batches(reference.images, size, workers), extractor)
+    return moments_of(image_batches(reference.images, size, workers, skip_bad), extractor)
 
 
 def check_statistics(reference, extractor, size):
@@ -799,12 +804,13 @@ def open_both(args):
         raise UserError("fid.py runs in one process; start it with python")
     if args.ref is None and list(args.metrics) != ["is"]:
         raise UserError("--ref: only the Inception Score (--metrics is) does without")
+    if args.codec and args.features != "codec":
+        raise UserError("--codec: is for --features codec")
     samples = open_set(args.samples, args.data_dir)
     reference = open_set(args.ref, args.data_dir) if args.ref else samples
 
     for image_set in (samples, reference):
-        if len(image_set.images) < 2 and "mu" not in image_set.statistics:
-            raise UserError(f"{image_set.where}: holds fewer than 2 images")
+        refuse_too_few(image_set)
     if len(samples.images) < 2:
         raise UserError(f"{samples.where}: holds statistics, not images")
     side = sample_size(samples)
@@ -816,6 +822,12 @@ def open_both(args):
     return samples, reference, side
 
 
+def refuse_too_few(image_set):
+    """Raise UserError if an ImageSet holds neither statistics nor two images."""
+    if len(image_set.images) < 2 and "mu" not in image_set.statistics:
+        raise UserError(f"{image_set.where}: holds fewer than 2 images")
+
+
 def can_judge(reference):
     """Whether a classifier can be trained on an ImageSet: several classes, 50 images in each."""
     images = reference.images
@@ -825,9 +837,13 @@ def can_judge(reference):
 
 
 def has_classes_of(reference, samples):
-    """Whether the samples have labels, and these mean the classes of the reference."""
-    return (samples.images.labels.min() >= 0
-            and samples.images.classes in ([], reference.images.classes))
+    """Whether the samples have labels, and these can mean the classes of the reference.
+
+    An npz holds numbers without names.
+    """
+    labels, classes = samples.images.labels, reference.images.classes
+    return (labels.min() >= 0 and labels.max() < len(classes)
+            and samples.images.classes in ([], classes))
 
 
 def save_stats(path, measured):

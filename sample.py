@@ -97,7 +97,8 @@ def draw_noise(seed, indexes, shape, steps=1, same_noise=False):
     noise = np.empty((len(indexes), count, *shape), np.float32)
     for row, i in zip(noise, indexes):
         np.random.default_rng((seed, i)).standard_normal(dtype=np.float32, out=row)
-    return torch.from_numpy(noise).transpose(0, 1).expand(steps, -1, *[-1] * len(shape))
+    noise = torch.from_numpy(noise).transpose(0, 1)
+    return noise.expand(steps, *noise.shape[1:])
 
 
 def schedule(model, steps, cfg_scale=1.0, cfg_skip=0):
@@ -241,10 +242,12 @@ def guidance_filmstrip(model, codec, labels, names, noise, options):
 def angle_filmstrip(model, codec, labels, names, noise, options):
     """A sample rotated towards noise and decoded; below, what the denoiser makes of it."""
     z = predict(model, labels, noise, **options)[-1]
+    # Noise of its own: at 90 degrees, that which z was drawn from would give z again.
+    other = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z.device)
     length = z.pow(2).mean((1, 2), keepdim=True).sqrt()     # predictions leave the sphere
     noisy, denoised, captions = [], [], []
     for degrees in range(0, 91, 15):
-        v = rotate(z, noise[0], math.radians(degrees))
+        v = rotate(z, other, math.radians(degrees))
         noisy.append(decode(codec, v * length))
         denoised.append(decode(codec, model(v, labels).float()))
         captions.append(f"{degrees}°")
@@ -401,7 +404,9 @@ def draw_panel(draw, top, title, names, rows):
         draw.line(line, color, 2)
         if len(line) == 1:
             draw.circle(line[0], 3, color)
-        label = name.removeprefix("loss_").replace("_", " to " if "loss" in name else " ")
+        label = name.removeprefix("loss_").replace("_", " ")
+        if label[0].isdigit():
+            label = label.replace(" ", " to ")      # the ends of a bin of noise angles
         draw.text((right + 20, above + 20 * (len(names) - k)), label, color, font)
 
 
@@ -523,7 +528,7 @@ def parse_args():
         help="for each image: its steps (the default), guidance, angle, or slerp to the next")
     add("--init", nargs="+", metavar="PATH", type=user_path,
         help="images, or folders of them, to edit")
-    add("--init_angle", nargs="+", type=bounded(float, 0, 90), default=[60.0],
+    add("--init_angle", nargs="+", type=bounded(float, 0, 90),
         help="degrees of noise that --init starts from; default: 60")
     add("--steps", type=bounded(int, 1), default=SUPPRESS,
         help="default: the run's, which is 4, or 1 if it is distilled")
@@ -588,8 +593,11 @@ def announce(path, checkpoint, drawn, cost, sampling):
 def main():
     args = parse_args()
     filmstrip = args.filmstrip or ("edit" if args.init else None)
+    init_angles = args.init_angle or [60.0]
     if args.init and args.filmstrip not in (None, "slerp"):
         raise UserError(f"--filmstrip {args.filmstrip}: draws its own samples; drop --init")
+    if args.init_angle and filmstrip != "edit":
+        raise UserError("--init_angle: is for edits; name images with --init")
     if args.pixel_loop and filmstrip:
         raise UserError("--pixel_loop: is for plain samples; drop --filmstrip and --init")
     device = join_processes(args.device, args.weights_dir)
@@ -602,6 +610,9 @@ def main():
     if filmstrip == "angle" and not model.config.sphere:
         raise UserError(f"--filmstrip angle: turns samples on the sphere; {path} was trained with "
                         "--no-sphere")
+    if filmstrip == "edit" and not model.config.sphere and max(init_angles) == 90:
+        raise UserError(f"--init_angle 90: is infinite noise to {path}, which was trained with "
+                        "--no-sphere; take less")
     sampling = sampling_options(checkpoint)
     sampling.update({name: vars(args)[name] for name in SAMPLING if name in args})
     options = dict(cfg_scale=sampling["cfg_scale"], cfg_skip=sampling["cfg_skip"])
@@ -617,7 +628,7 @@ def main():
 
     # What to draw: the same number of each class, the classes in turn.
     chosen = choose_classes(args.classes, classes, path)
-    if args.num_images is None:
+    if args.num_images is None and not args.classes:
         chosen = chosen[:10]
     count = args.num_images or len(chosen) * (1 if filmstrip else 8)
     labels = torch.tensor(chosen)[torch.arange(count) % len(chosen)]
@@ -630,7 +641,7 @@ def main():
     passes = forward_passes(sampling["steps"], **options)
     drawn, cost = len(labels), f"NFE {passes}"
     if filmstrip == "edit":
-        drawn = len(dataset) * len(labels) * len(args.init_angle)
+        drawn = len(dataset) * len(labels) * len(init_angles)
         cost = f"NFE at most {passes}"
     elif dataset is not None:
         drawn, cost = len(dataset), "no denoising"          # slerp between images
@@ -644,7 +655,7 @@ def main():
                            sampling["same_noise"])
         with torch.no_grad(), autocast(device, args.dtype):
             grid = make_filmstrip(filmstrip, model, codec, labels.to(device), names,
-                                  noise.to(device), options, dataset, args.init_angle)
+                                  noise.to(device), options, dataset, init_angles)
         write_picture(out, draw_grid(grid), comment)
         print(f"wrote {out}")
 

@@ -480,10 +480,17 @@ def test_fitting_learns_also_the_larger_codec(monkeypatch):
     assert encode.fit_layout(torch.device("mps")) == torch.contiguous_format
 
 
+def test_a_codec_fitted_with_flip_keeps_mirrored_images_better():
+    images = encode.shapes(1, seed=3)[0]
+    mirrored = encode.to_float(images[:, :, ::-1].copy())
+    fit = functools.partial(encode.fit_codec, images, steps=40, batch_size=4)
+    assert psnr(fit(flip=True)[0], mirrored) > psnr(fit()[0], mirrored) + 1
+
+
 def test_ctrl_c_keeps_a_codec_only_if_it_is_worth_it_and_says_how_long_it_was_fitted(
         tmp_path, monkeypatch):
     draw_folder(tmp_path / "data/pets", each=4)
-    line = "encode.py --dataset pets --codec small --fit_steps 9 "
+    line = "encode.py --dataset pets --codec small --fit_steps 9 --flip"
     steps, real = itertools.count(), encode.rotate
     def rotate(*args):
         if next(steps) == 3:
@@ -496,7 +503,7 @@ def test_ctrl_c_keeps_a_codec_only_if_it_is_worth_it_and_says_how_long_it_was_fi
     steps = itertools.count()
     monkeypatch.setattr(encode, "FEWEST_STEPS", 3)
     works(script(line, tmp_path), "fitted for 3 steps to 8 images", "interrupted",
-          "encode.py --dataset pets --codec small --fit")
+          "encode.py --dataset pets --codec small --fit --fit_steps 9 --flip fits another")
 
 
 def test_the_codec_fitted_last_is_taken_also_from_copied_files(copied):
@@ -552,9 +559,12 @@ def test_encoding_that_a_full_disk_interrupted_goes_on_with_the_missing_chunks(c
     shutil.rmtree(folder)
     fails_clearly(script(ENCODE, copied), "000001.npy: No space left on device; fix that")
     assert [file.name for file in folder.iterdir()] == ["000000.npy"]   # no index, nothing half
-    (folder / "000001.npy.99.tmp").write_bytes(b"of a process that was killed")
+    leftover, busy = folder / "000001.npy.99.tmp", folder / "000002.npy.100.tmp"
+    leftover.write_bytes(b"of a process that was killed")
+    os.utime(leftover, (0, 0))
+    busy.write_bytes(b"of another process that is encoding")
     works(script(ENCODE, copied), "12 images", "complete")
-    assert written == [5, 5, 5, 2] and not list(folder.glob("*.tmp"))
+    assert written == [5, 5, 5, 2] and list(folder.glob("*.tmp")) == [busy]
 
 
 def test_several_processes_write_the_cache_that_one_writes(copied):
@@ -607,7 +617,8 @@ def test_unreadable_images_are_named_or_left_out_and_counted(copied):
     fails_clearly(script(ENCODE, copied), "photos/one/2.png", "--skip_bad")
     fails_clearly(script(AGAIN + "--live", copied), "photos/one/2.png", "replace or delete")
     works(script(ENCODE + "--skip_bad", copied), "11 images", "1 unreadable", "one/2.png")
-    works(script(AGAIN + "--skip_bad", copied), "11 images")
+    text = works(script(AGAIN + "--skip_bad --eval_every 12 --eval_images 10", copied), "11 images")
+    assert "1 unreadable" in text and "Frechet distance" in text
     for file in (copied / "data/photos").glob("*/*.png"):
         file.write_bytes(b"no image")
     fails_clearly(script(ENCODE + "--fit --skip_bad", copied), "no image that can be read")
@@ -936,6 +947,9 @@ def test_distilled_checkpoints_are_sampled_in_one_unguided_pass(copied):
     flags = "--max_steps 4 --batch_size 4 --imitate_steps 2 --log_every 2"
     works(script(f"train.py --distill out {flags}", copied), "no images needed")    # the newest
     out = copied / "out/photos-distilled"
+    (copied / "here").mkdir()
+    shutil.copy(copied / "out/photos/ckpt.pt", copied / "here")
+    works(script(f"train.py --distill ckpt.pt {flags}", copied / "here"), "here-distilled/ckpt.pt")
     imitating, matching = read_log(out)
     assert imitating["lr"] > matching["lr"] > 0
     assert "matching" not in imitating and {"matching", "denoising"} <= matching.keys()
@@ -1187,6 +1201,9 @@ def test_fine_tuning_starts_from_the_weights_the_codec_and_the_rows_of_known_cla
     assert all(torch.equal(*pair) for pair in weights.values())
     assert equal(before[1:], after[1:]) and not torch.equal(before[0], after[0])
     fails_clearly(script(line + "others --codec small64", copied), "photos/ckpt.pt", "--codec small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.PRESETS["tiny"], "width", 32)
+        fails_clearly(script(line + "others", copied), "class_table.weight", "64", "32")
     absolute = line.replace("out/photos", f"{copied}/out/photos")
     works(script(absolute + "photos", copied), "out/photos-tuned")          # the source stays
     assert load(copied / "out/photos/ckpt.pt")["step"] == 12
@@ -1298,17 +1315,22 @@ def test_filmstrips_show_steps_guidance_angles_and_the_way_between_samples(works
     noisy, denoised = strips["angle"][:2]
     assert np.abs(noisy[0][0] - last[0]).max() <= 1 < np.abs(noisy[6][0].astype(int) - last[0]).max()
     assert not np.array_equal(noisy[6][0], denoised[6][0])
+    from_noise = sample.decode(codec, model.to_sphere(noise[0]))    # what the samples began as
+    assert np.abs(noisy[6][0].astype(int) - from_noise[0]).max() > 5
     for kind, size in dict(steps=(4, 2), guidance=(6, 2), angle=(7, 4), slerp=(6, 2)).items():
         works(script(f"sample.py --filmstrip {kind} --out strip.png", workspace))
         assert Image.open(workspace / "strip.png").size == (size[0] * 100 + 4, size[1] * 124 + 4)
 
 
-def test_angles_are_not_shown_of_a_denoiser_that_was_trained_without_the_sphere(copied):
+def test_without_the_sphere_there_are_no_filmstrips_of_angles_and_no_edits_from_noise_alone(copied):
     checkpoint = load(copied / "out/photos/ckpt.pt")
     checkpoint["config"]["sphere"] = False
     torch.save(checkpoint, copied / "flat.pt")
     line = "sample.py --ckpt flat.pt --filmstrip angle --out x.png"
     fails_clearly(script(line, copied), "flat.pt", "--no-sphere")
+    line = "sample.py --ckpt flat.pt --init data/photos/one --out x.png --init_angle 80 "
+    works(script(line, copied), "12 images")
+    fails_clearly(script(line + "90", copied), "--init_angle 90", "--no-sphere")
 
 
 def test_an_edit_starts_from_the_image_turned_by_its_angle_and_takes_the_steps_below_it():
@@ -1510,6 +1532,10 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("train.py --distill out/photos/ckpt.pt --preset S", "out/photos/ckpt.pt --preset tiny"),
     ("train.py --distill out/photos --accumulate 2", "--accumulate --distill"),
     ("train.py --distill out/photos --warmup 9", "--warmup --distill"),
+    ("train.py --distill out/photos --live", "--live --distill"),
+    ("train.py --imitate_lr 1e-3", "--imitate_lr only --distill"),
+    ("train.py --beta2 1", "--beta2 1"), ("train.py --seed 9223372036854775808", "--seed"),
+    ("train.py --dataset photos --eval_every 4 --eval_ref one.npz --out_dir x", "one.npz fewer"),
     ("train.py --distill out/photos --max_steps 300", "--max_steps 300 --imitate_steps"),
     ("train.py --max_steps 1e4", "--max_steps invalid int 1e4"),
     ("train.py --resume --distill out/photos --out_dir out/photos", "is not a distillation"),
@@ -1524,8 +1550,10 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("encode.py --reconstruct nowhere", "nowhere no such image"),
     ("encode.py --reconstruct --codec small64", "small64 --fit"),
     ("encode.py --fit --codec rae", "--fit rae small64"),
+    ("encode.py --reconstruct data/photos --out x.jpg", "--out x.jpg .png"),
+    ("encode.py --fit --dataset photos --out text/x.png", "text no folder --out"),
     ("sample.py --init spoilt/b/2.png", "b/2.png replace"), ("sample.py --init empty", "empty"),
-    ("sample.py --init x.png", "x.png no such"), ("sample.py --init x --init_angle 91", "91"),
+    ("sample.py --init_angle 30", "--init_angle --init"), ("sample.py --init x.png", "x.png no such"), ("sample.py --init x --init_angle 91", "91"),
     ("sample.py --init data/photos --filmstrip angle", "--filmstrip angle --init"),
     ("sample.py --filmstrip slerp --num_images 1", "slerp two"),
     ("sample.py --pixel_loop --filmstrip", "--pixel_loop --filmstrip"),
@@ -1540,6 +1568,7 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("sample.py --ckpt cut.pt", "cut.pt train.py"),
     ("sample.py --ckpt other.pt", "other.pt train.py"), ("sample.py --ckpt old.pt", "old.pt 3"),
     ("fid.py good.npz", "--ref"), ("fid.py none.npz --ref good.npz", "none.npz No such file"),
+    ("fid.py good.npz --ref good.npz --codec small", "--codec --features"),
     ("fid.py float.npz --ref good.npz", "float.npz uint8 float64"),
     ("fid.py wide.npz --ref good.npz", "wide.npz square"),
     ("fid.py one.npz --ref good.npz", "one.npz fewer than 2"),

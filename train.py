@@ -56,7 +56,6 @@ def flag(help, default=MISSING, **options):
     return field(default=default, metadata=dict(help=help, **options))
 
 
-YES_OR_NO = argparse.BooleanOptionalAction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +69,11 @@ class Settings:
     # The data.
     dataset: str = flag("shapes, flowers, afhq, imagenet, or a folder of images", type=user_path)
     codec: str = flag("the frozen autoencoder", choices=CODECS)
-    flip: bool = flag("train on mirrored images, too", False, action=YES_OR_NO)
+    flip: bool = flag("train on mirrored images, too", False)
 
     # The network, and the noise that it learns to remove.
     preset: str = flag("size of the network", choices=PRESETS)
-    sphere: bool = flag("project noisy latents onto the sphere", True, action=YES_OR_NO)
+    sphere: bool = flag("project noisy latents onto the sphere", True)
     max_angle: float = flag("largest noise angle in degrees; 0: by the size of the latent", 0.0,
                             type=bounded(float, 0, 89.99))
     angle_mean: float = flag("mean of the logit-normal distribution of the noise", 0.0)
@@ -90,13 +89,15 @@ class Settings:
     lr: float = flag("peak learning rate", type=bounded(float, 0))
     warmup: int = flag("steps of linear warm-up", type=bounded(int, 1))
     weight_decay: float = flag("decoupled weight decay", type=bounded(float, 0))
-    beta1: float = flag("AdamW's decay of the mean of gradients", 0.9, type=bounded(float, 0, 1))
-    beta2: float = flag("AdamW's decay of the mean of squares", 0.95, type=bounded(float, 0, 1))
+    beta1: float = flag("AdamW's decay of the mean of gradients", 0.9,
+                        type=bounded(float, 0, 0.99999))
+    beta2: float = flag("AdamW's decay of the mean of squares", 0.95,
+                        type=bounded(float, 0, 0.99999))
     grad_clip: float = flag("largest norm of the gradient", 1.0, type=bounded(float, 0))
     ema_decay: float = flag("decay of the average of the weights", type=bounded(float, 0, 1))
     accumulate: int = flag("parts that each device's share of the batch is split into", 1,
                            type=bounded(int, 1))
-    seed: int = flag("seed of weights, order and noise", 0, type=bounded(int, 0))
+    seed: int = flag("seed of weights, order and noise", 0, type=bounded(int, 0, 2**63 - 1))
 
     # The losses.
     label_dropout: float = flag("fraction of labels dropped, which guidance needs", 0.1,
@@ -123,7 +124,7 @@ class Settings:
     cfg_scale: float = flag("guidance of sampling, 1 for none", type=bounded(float, 0, 20))
     cfg_skip: int = flag("first sampling steps without guidance, but never the last two",
                          type=bounded(int, 0))
-    same_noise: bool = flag("one noise for all sampling steps", action=YES_OR_NO)
+    same_noise: bool = flag("one noise for all sampling steps")
 
     # What happens every so many steps.
     log_every: int = flag("steps between log lines", type=bounded(int, 1))
@@ -141,8 +142,9 @@ class Settings:
         return {name: getattr(self, name) for name in SAMPLING}
 
 
-# A run uses one of these blocks with the flags laid over it. What is not known of the
-# paper's settings follows RAE, Sphere Encoder and assets/results.md.
+# A run uses one of these blocks with the flags laid over it (a dataset of one class is drawn
+# without guidance). What is not known of the paper's settings follows RAE, Sphere Encoder and
+# assets/results.md.
 
 SHAPES = Settings(                  # minutes on a CPU
     dataset="shapes", codec="small", preset="tiny",
@@ -204,14 +206,17 @@ FIXED_ON_RESUME = (*INHERITED, "flip", "batch_size", "optimizer", "seed", "imita
 # What distillation does not use.
 NOT_FOR_DISTILL = ("flip", "optimizer", "warmup", "accumulate", "label_dropout",
                    "consistency_weight", "init_from")
+# What only distillation uses.
+ONLY_FOR_DISTILL = "imitate_steps", "imitate_lr", "teacher_steps", "teacher_cfg"
 
 
-def choose_settings(flags, start=None):
+def choose_settings(flags, checkpoint=None):
     """The settings of a new run.
 
-    flags: the settings that the user gave, a dict. start: the checkpoint that the run starts
-    from, if any. Raises UserError.
+    flags: the settings that the user gave, a dict. checkpoint: the one that the run starts from,
+    if any. Raises UserError.
     """
+    refuse_meaningless(flags, flags.get("distill"))
     spec = flags.get("dataset", "shapes")
     if flags.get("distill"):
         block = DISTILL
@@ -219,26 +224,26 @@ def choose_settings(flags, start=None):
         block = BLOCKS[spec]
     else:
         block = replace(FOLDER, dataset=spec, codec=default_codec(spec))
-    if start is None:
+    if checkpoint is None:
         return replace(block, **flags)
 
-    saved = start["settings"]
+    saved = checkpoint["settings"]
     source = flags.get("distill") or flags.get("init_from")
     refuse_changes(flags, saved, INHERITED, source)
     block = replace(block, **{name: saved[name] for name in INHERITED})
     if flags.get("distill"):
         if saved["distill"] or not saved["sphere"]:
             raise UserError(f"{source}: is distilled already, or was trained with --no-sphere")
-        refuse_for_distill(flags)
         block = replace(block, dataset=saved["dataset"])
     return replace(block, **flags)
 
 
-def refuse_for_distill(flags):
-    """Raise UserError if a flag means nothing to distillation."""
-    for name in NOT_FOR_DISTILL:
+def refuse_meaningless(flags, distill):
+    """Raise UserError if a flag means nothing to distillation, or to other training."""
+    for name in NOT_FOR_DISTILL if distill else ONLY_FOR_DISTILL:
         if name in flags:
-            raise UserError(f"--{name}: means nothing to --distill; drop it")
+            relation = "means nothing to" if distill else "is only for"
+            raise UserError(f"--{name}: {relation} --distill; drop it")
 
 
 def refuse_changes(flags, saved, names, path):
@@ -259,14 +264,16 @@ def parse_args():
         help=f"steps to fit a small codec, if there is none yet; default: {FIT_STEPS}")
     add("--skip_bad", action="store_true", help="leave unreadable images out, and count them")
     add("--compile", default="auto", choices=["auto", "on", "off"],
-        help="torch.compile; auto (the default): on CUDA, and for long runs on a CPU")
+        help="torch.compile; auto (the default): on CUDA, and for long training on a CPU")
     add("--bench", action="store_true", help="time the steps of such a run instead")
     group = parser.add_argument_group(
         "settings", "in parentheses the defaults for shapes; those of other runs are in train.py")
     for setting in fields(Settings):
         options = dict(setting.metadata)
         options["help"] += f" ({getattr(SHAPES, setting.name)})"
-        if "action" not in options and "choices" not in options:
+        if setting.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
             options.setdefault("type", setting.type)
         group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, **options)
     args = parser.parse_args()
@@ -319,8 +326,7 @@ def resumed_settings(flags, path, data_dir):
     refuse_changes(flags, saved, FIXED_ON_RESUME, path)
     if bool(flags.get("distill", saved["distill"])) != bool(saved["distill"]):
         raise UserError(f"{path}: is not a distillation; use another --out_dir")
-    if saved["distill"]:
-        refuse_for_distill(flags)
+    refuse_meaningless(flags, saved["distill"])
     name, _ = locate(flags.get("dataset", saved["dataset"]), data_dir)
     saved_name, _ = locate(saved["dataset"], data_dir)
     if name != saved_name:
@@ -331,7 +337,10 @@ def resumed_settings(flags, path, data_dir):
 def default_out_dir(flags, source, data_dir):
     """out/<dataset>; a distilled run goes next to its source, and so does one tuned further."""
     if flags.get("distill"):
-        return Path(f"{find_checkpoint(source).parent}-distilled")
+        folder = find_checkpoint(source).parent
+        if folder.name in ("", ".."):
+            folder = folder.resolve()
+        return Path(f"{folder}-distilled")
     name, _ = locate(flags.get("dataset", "shapes"), data_dir)
     out_dir = Path("out") / name
     if source and find_checkpoint(source).resolve() == (out_dir / "ckpt.pt").resolve():
@@ -834,16 +843,16 @@ class Training:
         return slice(RANK * size // WORLD_SIZE, (RANK + 1) * size // WORLD_SIZE)
 
 
-def make_training(settings, path, machine, group, codec, classes, cache_key, start=None):
-    """A run at its beginning; start: a checkpoint whose averaged weights it begins with."""
+def make_training(settings, path, machine, group, codec, classes, cache_key, checkpoint=None):
+    """A run at its beginning; checkpoint: one whose averaged weights it takes."""
     tokens, channels = latent_shape(settings.codec)
     max_angle = settings.max_angle or largest_angle(tokens, channels)
     config = ModelConfig(tokens, channels, len(classes), sphere=settings.sphere,
                          max_angle=max_angle, **PRESETS[settings.preset])
     torch.manual_seed(settings.seed)
     denoiser = Denoiser(config)
-    if start:
-        adopt_weights(denoiser, start, classes)
+    if checkpoint:
+        adopt_weights(denoiser, checkpoint, classes)
     denoiser = denoiser.to(machine.device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     if settings.distill:
@@ -856,11 +865,15 @@ def make_training(settings, path, machine, group, codec, classes, cache_key, sta
                     nets, ema, optimizers, Log())
 
 
-def adopt_weights(denoiser, start, classes):
+def adopt_weights(denoiser, checkpoint, classes):
     """Take a checkpoint's averaged weights; classes that it does not know keep random rows."""
-    state = dict(start["ema"])
+    state = dict(checkpoint["ema"])
     table = denoiser.class_table.weight.detach().clone()
-    known = [*start["classes"], None]                   # None: the row of "no class"
+    shape, width = state["class_table.weight"].shape, table.shape[1]
+    if shape[1] != width:
+        raise UserError(f"the checkpoint: class_table.weight is {tuple(shape)}, and the network's "
+                        f"has a width of {width}")
+    known = [*checkpoint["classes"], None]              # None: the row of "no class"
     for row, name in enumerate([*classes, None]):
         if name in known:
             table[row] = state["class_table.weight"][known.index(name)]
@@ -996,7 +1009,12 @@ SHOWN = 12              # classes in a grid of samples
 def describe(training, data, known):
     """Print what is about to be trained. known: how many classes a checkpoint knew, or None."""
     config, classes = training.config, len(training.classes)
-    images = "no images needed" if data is None else f"{(data.labels >= 0).sum():,} images"
+    images = "no images needed"
+    if data is not None:
+        unreadable = int((data.labels < 0).sum())
+        images = f"{len(data.labels) - unreadable:,} images"
+        if unreadable:
+            images += f" ({unreadable} unreadable left out)"
     familiar = "" if known is None else f" ({known} known to the checkpoint it starts from)"
     print(f"{images}, {classes} classes{familiar}, latents {config.tokens}x{config.channels}, "
           f"{WORLD_SIZE} x {training.machine.device.type}, from step {training.step:,}")
@@ -1061,7 +1079,7 @@ class Evaluation:
     sigma: np.ndarray
 
 
-def prepare_evaluation(training):
+def prepare_evaluation(training, skip_bad=False):
     """Open the network and the reference of --eval_every. Raises UserError if one is missing."""
     settings, codec, machine = training.settings, training.codec, training.machine
     reference_path = settings.eval_ref or settings.dataset
@@ -1074,12 +1092,13 @@ def prepare_evaluation(training):
         return extractor, fid.open_set(reference_path, machine.data_dir)
 
     def check():
-        open_both()
+        _, reference = open_both()
+        fid.refuse_too_few(reference)
 
     on_rank0(check)                 # so that one process alone says what is missing
     extractor, reference = open_both()
     size = extractor.size or codec.image_size
-    mu, sigma = fid.reference_moments(reference, extractor, size, machine.workers)
+    mu, sigma = fid.reference_moments(reference, extractor, size, machine.workers, skip_bad)
     return Evaluation(extractor, mu, sigma)
 
 
@@ -1101,7 +1120,7 @@ def evaluate(training, evaluation, caught):
 
 # ---------------------------------------------------------------------------------- the loop
 
-BAD_STEPS = 10          # a run ends after so many steps in a row without a finite gradient
+BAD_STEPS = 10          # a run ends after this many steps in a row without a finite gradient
 
 
 def catch_signals():
@@ -1302,14 +1321,16 @@ def main():
     args, flags = parse_args()
     if args.live and args.skip_bad:
         raise UserError("--live: encodes images as they are read; use --skip_bad without it")
+    if flags.get("distill") and args.live:
+        raise UserError("--live: means nothing to --distill, which needs no images; drop it")
     device = join_processes(args.device, args.weights_dir)
     machine = Machine(device, args.dtype, args.data_dir, args.workers)
     plan = on_rank0(lambda: make_plan(flags, args.out_dir, args.resume, args.data_dir))
     settings, path, resumed = plan.settings, plan.path, plan.resumed
-    start = load_checkpoint(plan.source) if plan.source else None
-    if resumed and start["step"] >= settings.max_steps:
+    checkpoint = load_checkpoint(plan.source) if plan.source else None
+    if resumed and checkpoint["step"] >= settings.max_steps:
         if RANK == 0:
-            print(f"{path}: is complete, with {start['step']:,} steps; a larger --max_steps "
+            print(f"{path}: is complete, with {checkpoint['step']:,} steps; a larger --max_steps "
                   "goes on")
         return
     group = None
@@ -1318,38 +1339,40 @@ def main():
         group = dist.new_group(backend="nccl", timeout=timedelta(hours=2))
 
     if args.bench:
-        classes = start["classes"] if start else [""] * 1000
-        training = make_training(settings, path, machine, group, None, classes, "", start)
+        classes = checkpoint["classes"] if checkpoint else [""] * 1000
+        training = make_training(settings, path, machine, group, None, classes, "", checkpoint)
         compile_networks(training, args.compile)
         bench(training, wrap_for_processes(training))
         return
 
     # The codec and the data, encoded first if need be.
     decoder = RANK == 0 or settings.eval_every > 0          # other ranks decode nothing
-    if start:
-        codec = load_checkpoint_codec(start, device, decoder)
+    if checkpoint:
+        codec = load_checkpoint_codec(checkpoint, device, decoder)
     else:
         codec = prepare_codec(settings.codec, settings.dataset, machine, args.fit_steps,
-                              skip_bad=args.skip_bad, decoder=decoder)
+                              flip=settings.flip, skip_bad=args.skip_bad, decoder=decoder)
     if settings.distill:
-        data, classes, key = None, start["classes"], ""     # distillation needs noise only
+        data, classes, key = None, checkpoint["classes"], ""    # it needs noise only
     else:
-        key = start["cache_key"] if resumed else ""
+        key = checkpoint["cache_key"] if resumed else ""
         data, classes, key = open_data(settings, codec, machine, args.live, key, args.skip_bad)
     if len(classes) == 1 and not resumed and "cfg_scale" not in flags:
         settings = replace(settings, cfg_scale=1.0)         # guidance needs two classes
 
     # The networks, from the beginning or as they were.
     known = None
-    if start and not resumed:
-        known = len(set(classes) & set(start["classes"]))
+    if checkpoint and not resumed:
+        known = len(set(classes) & set(checkpoint["classes"]))
     training = make_training(settings, path, machine, group, codec, classes, key,
-                             None if resumed else start)
+                             None if resumed else checkpoint)
     if resumed:
-        restore(training, start)
-    start = None                # closes the file
+        restore(training, checkpoint)
+    checkpoint = None           # closes the file
     compile_networks(training, args.compile)
-    evaluation = prepare_evaluation(training) if settings.eval_every else None
+    evaluation = None
+    if settings.eval_every:
+        evaluation = prepare_evaluation(training, args.skip_bad)
 
     # All checks have passed; only now is the run's folder touched.
     on_rank0(lambda: prepare_folder(training, resumed))
@@ -1360,7 +1383,9 @@ def main():
     if RANK > 0:
         return
     if training.step < settings.max_steps:
-        state = f"saved in {path}" if saved else "not saved, for its last gradients are not finite"
+        state = f"saved in {path}"
+        if not saved:
+            state = "not saved, because its last gradients are not finite"
         print(f"stopped at step {training.step:,}, {state}; run the same command with --resume to "
               "go on")
         return

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from encode import UserError, find_dataset, run, to_float, to_uint8
+from encode import UserError, find_dataset, on_failure, run, to_float, to_uint8
 from sample import PICTURES, draw_grid, load_checkpoint, load_checkpoint_codec, write_picture
 
 
@@ -47,10 +47,11 @@ def main():
 
     rows = [("real", real), ("codec", reconstructed)]
     for row in args.rows:
-        title, path = row.split("=", 1)
-        with np.load(path) as samples:
-            first = first_of_each(samples["arr_1"], len(classes), path)
-            rows.append((title, samples["arr_0"][first]))
+        title, _, path = row.partition("=")
+        with on_failure(f"{path}: missing or damaged", "sample.py --out writes such an npz"):
+            samples = np.load(path)
+            images, labels = samples["arr_0"], samples["arr_1"]
+        rows.append((title, images[first_of_each(labels, len(classes), path)]))
 
     grid = [[(image, f"{name}\n{title}") for image, name in zip(images, classes)]
             for title, images in rows]

@@ -2,7 +2,7 @@
 
     python assets/rivals.py --dataset shapes --minutes 6 --seed 0
 
-- distilled: this project's denoiser, trained for so many minutes and distilled; one pass
+- distilled: this project's denoiser, trained for a given number of minutes and distilled; one pass
 - sphere: the denoiser, trained for as long as both took together; 1 and 4 steps
 - flow: rectified flow (arXiv 2209.03003), told the time; 1, 4 and 50 Euler steps
 - meanflow: MeanFlow (arXiv 2505.13447), given two time inputs, guidance built into training; 1 step
@@ -24,7 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fid
-from encode import Dataset, Machine, find_dataset, open_cache, prepare_codec, run, to_uint8
+from encode import (
+    SMALL_CODECS, Dataset, Machine, bounded, check_writable, find_dataset, open_cache,
+    prepare_codec, run, to_uint8, write_file)
 from model import (
     PRESETS, Denoiser, Distillation, ModelConfig, generate, guidance_scales, largest_angle,
     losses, noise_angle, sampling_angles, squared_error)
@@ -144,7 +146,7 @@ def sphere_sample(net, labels, noise, cfg_scale):
 # ------------------------------------------------------------------------------------ training
 
 def fit(net, loss, latents, labels, settings, minutes, seed):
-    """Train a network for so many minutes of CPU time. Returns its average, and the steps."""
+    """Train a network for a number of minutes of CPU time. Returns its average, and the steps."""
     torch.manual_seed(seed)
     optimizers = make_optimizers(net, settings, torch.device("cpu"))
     ema = copy.deepcopy(net).requires_grad_(False)
@@ -177,7 +179,7 @@ def distill(denoiser, settings):
 
 # ------------------------------------------------------------------------------------ measuring
 
-class Scales:
+class Instruments:
     """What samples are measured with; made once."""
 
     def __init__(self, dataset, codec, workers):
@@ -211,8 +213,7 @@ class Scales:
               flush=True)
         if out:
             path = Path(out) / f"{name.replace(' ', '_').replace(',', '')}.npz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(path, arr_0=images, arr_1=labels.numpy())
+            write_file(path, lambda file: np.savez(file, arr_0=images, arr_1=labels.numpy()))
 
 
 # ----------------------------------------------------------------------------------- the script
@@ -221,11 +222,14 @@ def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--dataset", default="shapes")
-    add("--codec", default="small")
-    add("--minutes", type=float, default=6.0, help="CPU minutes of training before distillation")
-    add("--seed", type=int, default=0)
+    add("--codec", default="small", choices=SMALL_CODECS)
+    add("--minutes", type=bounded(float, 0.01), default=6.0,
+        help="CPU minutes of training before distillation")
+    add("--seed", type=bounded(int, 0), default=0)
     add("--out", help="folder for the samples of each method, as npz")
     args = parser.parse_args()
+    if args.out:
+        check_writable(args.out, "--out")
 
     settings = replace(BLOCKS.get(args.dataset, FOLDER), dataset=args.dataset, seed=args.seed)
     machine = Machine()
@@ -236,7 +240,7 @@ def main():
     tokens, channels = codec.latent_shape
     config = ModelConfig(tokens, channels, len(cache.classes),
                          max_angle=largest_angle(tokens, channels), **PRESETS[settings.preset])
-    scales = Scales(find_dataset(args.dataset), codec, machine.workers)
+    instruments = Instruments(find_dataset(args.dataset), codec, machine.workers)
     print("| method | NFE | agreement | codec distance | classifier distance |")
     print("|---|---|---|---|---|")
 
@@ -253,7 +257,7 @@ def main():
     denoiser, _ = trained(Denoiser(config), sphere_loss, args.minutes)
     one_pass = distill(denoiser, replace(DISTILL, seed=args.seed))
     minutes = (time.process_time() - started) / 60
-    scales.measure("distilled, 1 step", 1, lambda y, e: sphere_sample(one_pass, y, e[:1], 1),
+    instruments.measure("distilled, 1 step", 1, lambda y, e: sphere_sample(one_pass, y, e[:1], 1),
                    args.out)
 
     torch.manual_seed(args.seed)
@@ -261,11 +265,11 @@ def main():
     print(f"| ({minutes:.1f} CPU minutes each; sphere {steps} steps) | | | | |")
     for cfg in (1, 1.5, 2):
         nfe = 1 if cfg == 1 else 2
-        scales.measure(f"sphere, 1 step, guidance {cfg}", nfe,
+        instruments.measure(f"sphere, 1 step, guidance {cfg}", nfe,
                        lambda y, e: sphere_sample(net, y, e[:1], cfg), args.out)
     for cfg in (1, 1.5, 2, 3):
         nfe = 4 if cfg == 1 else 7
-        scales.measure(f"sphere, 4 steps, guidance {cfg}", nfe,
+        instruments.measure(f"sphere, 4 steps, guidance {cfg}", nfe,
                        lambda y, e: sphere_sample(net, y, same(e), cfg), args.out)
 
     torch.manual_seed(args.seed)
@@ -273,14 +277,14 @@ def main():
     print(f"| (flow {steps} steps) | | | | |")
     for count, cfgs in ((1, (1.5, 3)), (4, (1.5, 2, 3)), (50, (1, 1.5, 2))):
         for cfg in cfgs:
-            scales.measure(f"flow, {count} steps, guidance {cfg}", count * (1 if cfg == 1 else 2),
+            instruments.measure(f"flow, {count} steps, guidance {cfg}", count * (1 if cfg == 1 else 2),
                            lambda y, e: flow_sample(net, y, e[0], count, cfg), args.out)
 
     torch.manual_seed(args.seed)
     net, steps = trained(TimedDenoiser(config, 2, speed=10),
                          lambda net, z, y: meanflow_loss(net, z, y, cfg_scale=2), minutes)
     print(f"| (meanflow {steps} steps) | | | | |")
-    scales.measure("meanflow, 1 step, guidance 2", 1,
+    instruments.measure("meanflow, 1 step, guidance 2", 1,
                    lambda y, e: meanflow_sample(net, y, e[0]), args.out)
 
 
