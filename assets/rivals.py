@@ -277,7 +277,8 @@ def main():
     print(f"| (flow {steps} steps) | | | | |")
     for count, cfgs in ((1, (1.5, 3)), (4, (1.5, 2, 3)), (50, (1, 1.5, 2))):
         for cfg in cfgs:
-            instruments.measure(f"flow, {count} steps, guidance {cfg}", count * (1 if cfg == 1 else 2),
+            nfe = count if cfg == 1 else 2 * count
+            instruments.measure(f"flow, {count} steps, guidance {cfg}", nfe,
                            lambda y, e: flow_sample(net, y, e[0], count, cfg), args.out)
 
     torch.manual_seed(args.seed)
