@@ -590,16 +590,45 @@ def announce(path, checkpoint, drawn, cost, sampling):
         print("note: many steps take samples further from the data (assets/results.md)")
 
 
-def main():
-    args = parse_args()
-    filmstrip = args.filmstrip or ("edit" if args.init else None)
-    init_angles = args.init_angle or [60.0]
+def refuse_pairs(args, filmstrip):
+    """Raise UserError for flags that mean nothing together."""
     if args.init and args.filmstrip not in (None, "slerp"):
         raise UserError(f"--filmstrip {args.filmstrip}: draws its own samples; drop --init")
     if args.init_angle and filmstrip != "edit":
         raise UserError("--init_angle: is for edits; name images with --init")
     if args.pixel_loop and filmstrip:
         raise UserError("--pixel_loop: is for plain samples; drop --filmstrip and --init")
+
+
+def refuse_off_sphere(path, filmstrip, init_angles):
+    """Raise UserError for what a checkpoint trained with --no-sphere cannot draw."""
+    if filmstrip == "angle":
+        raise UserError(f"--filmstrip angle: turns samples on the sphere; {path} was trained with "
+                        "--no-sphere")
+    if filmstrip == "edit" and max(init_angles) == 90:
+        raise UserError(f"--init_angle 90: is infinite noise to {path}, which was trained with "
+                        "--no-sphere; take less")
+
+
+def write_result(path, result, batches, labels, names, size, columns, comment):
+    """Write batches of images (B, size, size, 3) uint8 as an npz, a folder or a picture.
+
+    names: of the labels' classes, for the captions of a picture, which has `columns`.
+    """
+    if result == "npz":
+        write_file(path, lambda file: write_npz(file, batches, labels.numpy(), size))
+    elif result == "folder":
+        write_folder(path, batches, labels)
+    else:
+        grid = make_grid(np.concatenate(list(batches)), names, columns)
+        write_picture(path, draw_grid(grid), comment)
+
+
+def main():
+    args = parse_args()
+    filmstrip = args.filmstrip or ("edit" if args.init else None)
+    init_angles = args.init_angle or [60.0]
+    refuse_pairs(args, filmstrip)
     device = join_processes(args.device, args.weights_dir)
 
     # The networks, and how the run samples, with the flags laid over it.
@@ -607,12 +636,8 @@ def main():
     model = load_model(checkpoint, device)
     codec = load_checkpoint_codec(checkpoint, device)
     classes = checkpoint["classes"]
-    if filmstrip == "angle" and not model.config.sphere:
-        raise UserError(f"--filmstrip angle: turns samples on the sphere; {path} was trained with "
-                        "--no-sphere")
-    if filmstrip == "edit" and not model.config.sphere and max(init_angles) == 90:
-        raise UserError(f"--init_angle 90: is infinite noise to {path}, which was trained with "
-                        "--no-sphere; take less")
+    if not model.config.sphere:
+        refuse_off_sphere(path, filmstrip, init_angles)
     sampling = sampling_options(checkpoint)
     sampling.update({name: vars(args)[name] for name in SAMPLING if name in args})
     options = dict(cfg_scale=sampling["cfg_scale"], cfg_skip=sampling["cfg_skip"])
@@ -670,14 +695,8 @@ def main():
             pass                    # rank 0 gets this process's share
         return
     batches = tqdm(batches, total=math.ceil(count / args.batch_size), unit="batch")
-    if result == "npz":
-        write_file(out, lambda file: write_npz(file, batches, labels.numpy(), codec.image_size))
-    elif result == "folder":
-        write_folder(out, batches, labels)
-    else:
-        columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(count))
-        grid = make_grid(np.concatenate(list(batches)), names, columns)
-        write_picture(out, draw_grid(grid), comment)
+    columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(count))
+    write_result(out, result, batches, labels, names, codec.image_size, columns, comment)
     print(f"wrote {out}")
 
 
