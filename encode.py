@@ -113,13 +113,21 @@ def write_file(path, write):
             temporary.unlink()
 
 
+def remove_leftovers(folder):
+    """Remove temporary files of processes that were killed; younger ones may be in use."""
+    for leftover in Path(folder).glob("*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if leftover.stat().st_mtime < time.time() - 3600:
+                leftover.unlink()
+
+
 def check_writable(folder, flag):
     """Raise UserError now, rather than after the work, if a folder cannot be written to.
 
     The folder need not exist yet. flag: the option that names it.
     """
     folder = Path(os.path.abspath(folder))
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{existing}: is not a folder that can be written to; see {flag}")
 
@@ -176,7 +184,10 @@ def join_processes(device="auto", weights_dir=None):
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if device == "cuda":
         device = f"cuda:{LOCAL_RANK}"
-    with on_failure(f"--device {device}: not available", "use auto or cpu"):
+    remedy = "use auto or cpu"
+    if WORLD_SIZE > 1:
+        remedy = "start no more processes than there are GPUs, or use cpu"
+    with on_failure(f"--device {device}: not available", remedy):
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
             # cuDNN's attention has given NaN in its bf16 backward pass.
@@ -415,6 +426,7 @@ def load_image(path):
     """Read an image file: a PIL image in RGB, upright, transparent parts white."""
     remedy = "replace or delete it; encode.py and train.py leave it out with --skip_bad"
     with on_failure(f"{path}: cannot be read", remedy), Image.open(path) as file:
+        file.load()                 # all of it, before anything else can hide that it is damaged
         image = upright(file)
         if image.mode.startswith("I"):              # 16-bit gray, which convert() would clip
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
@@ -510,7 +522,8 @@ def find_dataset(spec, data_dir="data"):
     if not folder.is_dir() and name in KNOWN_DATASETS and KNOWN_DATASETS[name].url:
         download_folder(folder, KNOWN_DATASETS[name].url, KNOWN_DATASETS[name].md5)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; put images there, or use --dataset shapes")
+        raise UserError(f"{folder}: no such folder; put images there, or name another folder of "
+                        "images, or shapes")
     if name == "flowers":
         classes, labels, paths = list_flowers(folder)
     else:
@@ -632,7 +645,7 @@ def is_generated(folder, files, data_dir):
     files: all that are below it.
     """
     names = {os.path.basename(path) for path in files}
-    if "ckpt.pt" in names or {"log.csv", "curve.png"} <= names:
+    if "ckpt.pt" in names or {"log.csv", "curve.png"} <= names or names == {"reconstruction.png"}:
         return True
     latents = re.compile(f"({'|'.join(CODECS)})-[0-9a-f]{{8}}")
     for parent in {os.path.dirname(path) for path in files}:
@@ -1086,6 +1099,7 @@ def find_codec_file(name, spec, data_dir="data"):
 def fit_codec_file(name, spec, steps, machine, flip=False, skip_bad=False):
     """Fit a small codec to a dataset and write it to a file. Returns its path."""
     dataset = find_dataset(spec, machine.data_dir)
+    check_writable(Path(machine.data_dir) / dataset.name, "--data_dir")
 
     # 60,000 images are enough, and all of ImageNet would not fit into memory.
     chosen = np.random.default_rng(0).permutation(len(dataset))[:60_000]
@@ -1227,12 +1241,7 @@ def write_index(cache):
                  codec_fingerprint=cache.codec_fingerprint, images_digest=cache.images_digest,
                  flip=cache.flip, written=time.time())
     write_file(cache.folder / "index.json", lambda file: file.write(json.dumps(index).encode()))
-
-    # Temporary files of processes that were killed; a younger one may be somebody's work.
-    for leftover in cache.folder.glob("*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if leftover.stat().st_mtime < time.time() - 3600:
-                leftover.unlink()
+    remove_leftovers(cache.folder)
 
 
 def complete_caches(spec, codec, flip=False, data_dir="data"):

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from encode import (
     CODECS, RAES, RANK, WORLD_SIZE, Dataset, UserError, check_writable, default_codec,
     file_hash, find_codec_file, find_dataset, find_images, fingerprint, join_processes,
-    load_codec, make_parser, on_failure, run, sum_over_processes, to_float, user_path, write_file)
+    load_codec, make_parser, on_failure, on_rank0, run, sum_over_processes, to_float, user_path,
+    write_file)
 from sample import find_checkpoint
 
 # Each metric, and what it needs; without that it is left out.
@@ -505,12 +506,10 @@ def find_codec(typed, reference, data_dir, device):
     return load_codec(name, path, device, decoder=False)
 
 
-def choose_extractor(features, codec, judge, reference, data_dir, device):
-    """The network that --features and --codec name. judge: for the classifier's features."""
+def choose_extractor(features, codec, reference, data_dir, device):
+    """The network that --features and --codec name, if it need not be trained first."""
     if features == "inception":
         return inception_extractor(device)
-    if features == "classifier":
-        return classifier_extractor(judge, device)
     return codec_extractor(find_codec(codec, reference, data_dir, device), device)
 
 
@@ -531,6 +530,8 @@ def open_set(where, data_dir="data"):
     if path.suffix.lower() in (".npz", ".npy") or zipfile.is_zipfile(path):
         return open_arrays(path)
     file = path / "labels.txt"                  # in folders that sample.py has written
+    if path.is_file():
+        raise UserError(f"{path}: is neither an npz nor a folder of images")
     if not file.exists():
         return ImageSet(where, find_dataset(where, data_dir), {})
     images = find_images(path)
@@ -754,9 +755,15 @@ def parse_args():
 def main():
     args = parse_args()
     device = join_processes(args.device, args.weights_dir)
-    samples, reference, side = open_both(args)
+    samples, reference, side = on_rank0(lambda: open_both(args))
     compared = [name for name in args.metrics if name != "agreement"]
     values, measured, network = {}, {}, ""
+
+    # The network that compares. If it is missing, that is said before the work.
+    extractor = None
+    if args.features != "classifier" and (compared or args.save_stats):
+        extractor = choose_extractor(args.features, args.codec, args.ref or args.samples,
+                                     args.data_dir, device)
 
     # A classifier of the reference finds the samples' classes, and may provide features.
     judge = None
@@ -767,8 +774,8 @@ def main():
         values["agreement_real"] = agreement(judge, judge.unseen, args.workers)
 
     if compared or args.save_stats:
-        extractor = choose_extractor(args.features, args.codec, judge, args.ref or args.samples,
-                                     args.data_dir, device)
+        if args.features == "classifier":
+            extractor = classifier_extractor(judge, device)
         network = extractor.name
         size = extractor.size or side
         if args.features == "classifier":
@@ -859,11 +866,13 @@ def report(args, values, network, num_samples, num_references):
               "fid_real": "Frechet distance of real images that the classifier was trained on"}
     if network != "inception":
         titles["fid"] = f"Frechet distance of {network}"
+    compared = f", {args.ref}" if args.ref else ""
     for name, value in values.items():
-        name = titles.get(name, name)
+        of = f"{num_samples} samples{compared}"
+        if name.endswith("_real"):
+            of = args.ref
         shown = round(value, 5) + 0.0           # not -0.00000
-        compared = f", {args.ref}" if args.ref else ""
-        print(f"{name:15} {shown:12.5f}  ({num_samples} samples{compared})")
+        print(f"{titles.get(name, name):15} {shown:12.5f}  ({of})")
     for name, need in left_out.items():
         print(f"{name:15} left out: needs {need}")
     if args.json:

@@ -53,7 +53,9 @@ def rotate(z, noise, angle, sphere=True):
     ablation, returns z + tan(a) e instead. Returns (B, T, C) float32.
     Source: arXiv 2602.15030; paper, "projected noisy latents".
     """
-    angle = torch.as_tensor(angle, dtype=torch.float32, device=z.device).view(-1, 1, 1)
+    if not torch.is_tensor(angle):
+        angle = torch.full((1,), angle, dtype=torch.float32, device=z.device)   # without a wait
+    angle = angle.float().view(-1, 1, 1)
     if not sphere:
         return z.float() + angle.tan() * noise.float()
     return to_sphere(angle.cos() * to_sphere(z) + angle.sin() * to_sphere(noise))
@@ -351,7 +353,7 @@ def imitation(generator, noise, labels, target):
 
     The sampler must use one noise for all its steps, so that its image x is a function of
     that noise. Imitation precedes distribution matching because it is a far better start
-    than the denoiser, which answers pure noise with the mean of the class.
+    than the denoiser, which makes only a rough guess of pure noise.
 
     noise: (B, T, C) that the sampler started from. target: (B, T, C) what it drew. Returns
     a dict of (B,) float32, "loss".

@@ -342,12 +342,20 @@ def make_grid(images, captions, columns):
     return [cells[i:i + columns] for i in range(0, len(cells), columns)]
 
 
+LARGEST_SIDES = {"WEBP": 16_383, "JPEG": 65_500}     # in pixels
+
+
 def write_picture(path, picture, comment=""):
     """Write a PIL image in the format of the path's suffix; a comment goes into PNG files."""
     info = PngInfo()
     if comment:
-        info.add_text("Comment", comment)
+        # The command may name a file that is not valid UTF-8.
+        info.add_text("Comment", comment.encode(errors="backslashreplace").decode())
     format = Image.registered_extensions()[Path(path).suffix.lower()]
+    largest = LARGEST_SIDES.get(format, math.inf)
+    if max(picture.size) > largest:
+        raise UserError(f"{path}: {format} holds at most {largest:,} pixels a side, and this picture "
+                        f"has {max(picture.size):,}; draw fewer images, or write .png or .npz")
     options = dict(pnginfo=info) if format == "PNG" else dict(quality=95)
     write_file(path, lambda file: picture.save(file, format=format, **options))
 
@@ -600,6 +608,12 @@ def refuse_pairs(args, filmstrip):
         raise UserError("--pixel_loop: is for plain samples; drop --filmstrip and --init")
 
 
+def refuse_lone_slerp(filmstrip, ends):
+    """Raise UserError if slerp has no way to go, from one image to another."""
+    if filmstrip == "slerp" and len(ends) < 2:
+        raise UserError("--filmstrip slerp: needs two samples, or two images of --init")
+
+
 def refuse_off_sphere(path, filmstrip, init_angles):
     """Raise UserError for what a checkpoint trained with --no-sphere cannot draw."""
     if filmstrip == "angle":
@@ -628,8 +642,8 @@ def main():
     args = parse_args()
     filmstrip = args.filmstrip or ("edit" if args.init else None)
     init_angles = args.init_angle or [60.0]
-    refuse_pairs(args, filmstrip)
     device = join_processes(args.device, args.weights_dir)
+    on_rank0(lambda: refuse_pairs(args, filmstrip))
 
     # The networks, and how the run samples, with the flags laid over it.
     path, checkpoint = open_checkpoint(args.ckpt)
@@ -637,7 +651,7 @@ def main():
     codec = load_checkpoint_codec(checkpoint, device)
     classes = checkpoint["classes"]
     if not model.config.sphere:
-        refuse_off_sphere(path, filmstrip, init_angles)
+        on_rank0(lambda: refuse_off_sphere(path, filmstrip, init_angles))
     sampling = sampling_options(checkpoint)
     sampling.update({name: vars(args)[name] for name in SAMPLING if name in args})
     options = dict(cfg_scale=sampling["cfg_scale"], cfg_skip=sampling["cfg_skip"])
@@ -652,15 +666,14 @@ def main():
         return
 
     # What to draw: the same number of each class, the classes in turn.
-    chosen = choose_classes(args.classes, classes, path)
+    chosen = on_rank0(lambda: choose_classes(args.classes, classes, path))
     if args.num_images is None and not args.classes:
         chosen = chosen[:10]
     count = args.num_images or len(chosen) * (1 if filmstrip else 8)
     labels = torch.tensor(chosen)[torch.arange(count) % len(chosen)]
     names = [classes[label] for label in labels]
-    dataset = find_images(*args.init) if args.init else None
-    if filmstrip == "slerp" and len(dataset or labels) < 2:
-        raise UserError("--filmstrip slerp: needs two samples, or two images of --init")
+    dataset = on_rank0(lambda: find_images(*args.init)) if args.init else None
+    on_rank0(lambda: refuse_lone_slerp(filmstrip, dataset or labels))
     out, result = on_rank0(lambda: choose_output(args.out, path.parent, filmstrip))
 
     passes = forward_passes(sampling["steps"], **options)

@@ -373,6 +373,13 @@ def test_good_photographs_are_read_whatever_else_is_in_their_files(tmp_path, mon
     Image.new("RGB", (13_500, 13_400), "red").save(tmp_path / "large.png")      # 181 megapixels
     for file in tmp_path.iterdir():
         assert encode.load_image(file).getpixel((9, 9)) == (254, 0, 0) or file.suffix == ".png"
+    damaged = tmp_path / "damaged.png"      # no EXIF, for which Pillow reads the file itself
+    Image.fromarray(encode.shapes(1)[0][0]).save(damaged)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 255
+    damaged.write_bytes(content)
+    with pytest.raises(encode.UserError, match="damaged.png: cannot be read"):
+        encode.load_image(damaged)
     broken = tmp_path / "broken.jpg"
     image.save(broken)
     monkeypatch.setattr(Image.Image, "getexif", lambda _: 1 // 0)
@@ -909,7 +916,9 @@ def signalling(*args):
 script.{name} = signalling""")
     if names == "SIGKILL":
         assert status == -signal.SIGKILL and load(copied / "out/again/ckpt.pt")["step"] == 4
-        (copied / "out/again/ckpt.pt.99.tmp").write_bytes(b"of a save that was killed")
+        leftover = copied / "out/again/ckpt.pt.99.tmp"
+        leftover.write_bytes(b"of a save that was killed")
+        os.utime(leftover, (0, 0))
     else:
         works((status, text), "stopped at step 6", "--resume")
     if flags == DISTILL:
@@ -920,6 +929,37 @@ script.{name} = signalling""")
             for c in map(load, (copied / "out/again/ckpt.pt", copied / "out/whole/ckpt.pt")))
     assert_close(a, b, rtol=0, atol=0)
     assert_same_curve(copied / "out/again", copied / "out/whole", rel=0)
+
+
+def test_a_terminal_or_pipe_that_is_gone_stops_a_run_instead_of_breaking_it(monkeypatch):
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in ("SIGINT", "SIGTERM",
+                                                                           "SIGHUP")}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        caught = train.catch_signals()
+        for error in (BrokenPipeError(), OSError(5, "Input/output error")):
+            def gone(*_, error=error, **__):
+                raise error
+            monkeypatch.setattr("builtins.print", gone)
+            caught.clear()
+            train.say("step 1", caught)
+            assert caught == [signal.SIGTERM]
+        caught.clear()
+        signal.getsignal(signal.SIGINT)(signal.SIGINT, None)    # as in `| tee log`
+        assert caught == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler    # for the second
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def test_gradients_are_clipped_to_a_norm_or_not_at_all():
+    for grad_clip, change in ((0.5, 0.5), (0, 5.0), (9, 5.0)):
+        weights = nn.Parameter(torch.zeros(2))
+        weights.grad = torch.tensor([3.0, 4.0])
+        optimizer = torch.optim.SGD([dict(params=[weights], lr_scale=1)])
+        numbers = train.take_step([optimizer], 1.0, grad_clip)
+        assert numbers["grad_norm"] == 5 and weights.norm().item() == pytest.approx(change, 1e-3)
 
 
 @pytest.mark.parametrize("flags", ["--consistency_weight 0.5 ", DISTILL])
@@ -1148,7 +1188,9 @@ def test_an_unreadable_image_stops_a_live_run_with_its_checkpoint(copied, monkey
 
 def test_errors_of_several_processes_are_said_once(copied):
     for line, words in (("train.py --batch_size 7 --dataset photos", "multiple of 2"),
-                        ("sample.py --ckpt nowhere", "nowhere")):
+                        ("sample.py --ckpt nowhere", "nowhere"),
+                        ("sample.py --classes unicorn", "unicorn"),
+                        ("fid.py a.npz --ref b.npz", "one process")):
         fails_clearly(of_scripts(processes(line, copied)), words)
     spoil(copied / "data/photos/two/5.png")                     # in the share of the second
     shutil.rmtree(caches(copied)[0].folder)
@@ -1543,6 +1585,8 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("train.py --beta2 1", "--beta2 1"), ("train.py --seed 9223372036854775808", "--seed"),
     ("train.py --dataset photos --eval_every 4 --eval_ref one.npz --out_dir x", "one.npz fewer"),
     ("train.py --distill out/photos --max_steps 300", "--max_steps 300 --imitate_steps"),
+    ("train.py --resume --init_from cut.pt --out_dir out/photos", "--init_from not set"),
+    ("train.py --codec wide --data_dir text", "text no folder --data_dir"),
     ("train.py --max_steps 1e4", "--max_steps invalid int 1e4"),
     ("train.py --resume --distill out/photos --out_dir out/photos", "is not a distillation"),
     ("train.py --resume --dataset photos --accumulate 3", "--batch_size multiple of 3"),
@@ -1577,6 +1621,8 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("sample.py --ckpt other.pt", "other.pt train.py"), ("sample.py --ckpt old.pt", "old.pt 3"),
     ("fid.py good.npz", "--ref"), ("fid.py none.npz --ref good.npz", "none.npz No such file"),
     ("fid.py good.npz --ref good.npz --codec small", "--codec --features"),
+    ("fid.py text --ref good.npz", "text neither npz"),
+    ("fid.py good.npz --ref shapes --metrics fid agreement --weights_dir none", "none sha256"),
     ("fid.py float.npz --ref good.npz", "float.npz uint8 float64"),
     ("fid.py wide.npz --ref good.npz", "wide.npz square"),
     ("fid.py one.npz --ref good.npz", "one.npz fewer than 2"),
@@ -1628,6 +1674,8 @@ def test_a_home_folder_a_strange_name_and_a_stray_environment_variable_do_no_har
     works(script("sample.py --num_images 2 --out=~/a.npz", copied))
     assert (copied / "home/a.npz").exists() and not (copied / "~").exists()
     name = os.fsdecode(b"caf\xe9.png")                          # no valid UTF-8
+    shutil.copy(copied / "data/photos/one/0.png", copied / name)
+    works(script(f"sample.py --init {name} --out edit.png", copied))
     os.rename(copied / "data/photos/one/0.png", copied / "data/photos/one" / name)
     spoil(copied / "data/photos/one" / name)
     works(script(ENCODE + "--skip_bad", copied), "11 images", "skipped")

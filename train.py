@@ -10,6 +10,7 @@ out/<dataset>/. Ctrl-C saves before it stops. A resumed run takes the same image
 one that was never interrupted; on a CPU it is the same bit for bit.
 """
 import argparse
+import contextlib
 import copy
 import csv
 import functools
@@ -35,15 +36,15 @@ from encode import (
     CHUNK, CODECS, FIT_STEPS, RANK, SMALL_CODECS, WORLD_SIZE, Cache, Dataset, Machine,
     UserError, autocast, barrier, bounded, cache_key, check_writable, compile_blocks,
     default_codec, exit_if_peer_died, find_dataset, fingerprint, in_one_line, join_processes,
-    latent_shape, load_state, locate, make_parser, on_rank0, open_cache, prepare_codec, run,
-    sum_over_processes, to_float, try_compile, user_path, write_file)
+    latent_shape, load_state, locate, make_parser, on_rank0, open_cache, prepare_codec,
+    remove_leftovers, run, sum_over_processes, to_float, try_compile, user_path, write_file)
 from model import (
     PRESETS, Denoiser, Distillation, ModelConfig, distribution_matching, flops, imitation,
     largest_angle, losses, noise_angle)
 from sample import (
     CHECKPOINT_FORMAT, SAMPLING, draw_curves, draw_grid, find_checkpoint, generate_batches,
-    load_checkpoint, load_checkpoint_codec, make_grid, predict, split_batches, time_per_call,
-    write_picture)
+    load_checkpoint, load_checkpoint_codec, make_grid, open_checkpoint, predict, split_batches,
+    time_per_call, write_picture)
 
 
 # ========================================================================= the settings
@@ -93,7 +94,7 @@ class Settings:
                         type=bounded(float, 0, 0.99999))
     beta2: float = flag("AdamW's decay of the mean of squares", 0.95,
                         type=bounded(float, 0, 0.99999))
-    grad_clip: float = flag("largest norm of the gradient", 1.0, type=bounded(float, 0))
+    grad_clip: float = flag("largest norm of the gradient; 0: no limit", 1.0, type=bounded(float, 0))
     ema_decay: float = flag("decay of the average of the weights", type=bounded(float, 0, 1))
     accumulate: int = flag("parts that each device's share of the batch is split into", 1,
                            type=bounded(int, 1))
@@ -202,7 +203,8 @@ BLOCKS = {"shapes": SHAPES, "flowers": FLOWERS, "afhq": AFHQ, "imagenet": IMAGEN
 # What a run takes over from the checkpoint that it starts from.
 INHERITED = ("codec", "preset", "sphere", "max_angle", "angle_mean", "angle_std")
 # What cannot be changed when a run is resumed.
-FIXED_ON_RESUME = (*INHERITED, "flip", "batch_size", "optimizer", "seed", "imitate_steps")
+FIXED_ON_RESUME = (*INHERITED, "flip", "batch_size", "optimizer", "seed", "imitate_steps",
+                   "init_from", "distill")
 # What distillation does not use.
 NOT_FOR_DISTILL = ("flip", "optimizer", "warmup", "accumulate", "label_dropout",
                    "consistency_weight", "init_from")
@@ -250,7 +252,8 @@ def refuse_changes(flags, saved, names, path):
     """Raise UserError if a flag differs from the settings saved in a checkpoint."""
     for name in names:
         if name in flags and flags[name] != saved[name]:
-            raise UserError(f"{path}: has --{name} {saved[name]}; drop yours")
+            value = "not set" if saved[name] == "" else saved[name]
+            raise UserError(f"{path}: has --{name} {value}; drop yours")
 
 
 def parse_args():
@@ -323,9 +326,9 @@ def make_plan(flags, out_dir, resume, data_dir):
 def resumed_settings(flags, path, data_dir):
     """The settings of a run that goes on: those saved, with the flags laid over them."""
     saved = load_checkpoint(path)["settings"]
-    refuse_changes(flags, saved, FIXED_ON_RESUME, path)
-    if bool(flags.get("distill", saved["distill"])) != bool(saved["distill"]):
+    if flags.get("distill") and not saved["distill"]:
         raise UserError(f"{path}: is not a distillation; use another --out_dir")
+    refuse_changes(flags, saved, FIXED_ON_RESUME, path)
     refuse_meaningless(flags, saved["distill"])
     name, _ = locate(flags.get("dataset", saved["dataset"]), data_dir)
     saved_name, _ = locate(saved["dataset"], data_dir)
@@ -429,13 +432,14 @@ class LiveLatents:
 
     def read(self, indexes):
         load = functools.partial(self.dataset.load, size=self.codec.image_size)
-        return np.stack(list(self.pool.map(load, indexes)))
+        images = torch.from_numpy(np.stack(list(self.pool.map(load, indexes))))
+        return images.pin_memory() if self.machine.device.type == "cuda" else images
 
     def to_latents(self, images):
         """(B, T, C) float32 on the device."""
         device = self.machine.device
         with torch.no_grad(), autocast(device, self.machine.dtype):
-            z = self.codec.encode(to_float(images, device))
+            z = self.codec.encode(to_float(move(images, device)))
         return z.half().float()     # rounded as in the cache
 
 
@@ -606,7 +610,7 @@ def take_step(optimizers, lr, grad_clip):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
             weights += group["params"]
-    grad_norm = torch.nn.utils.clip_grad_norm_(weights, grad_clip)
+    grad_norm = torch.nn.utils.clip_grad_norm_(weights, grad_clip or math.inf)
     finite = torch.isfinite(grad_norm)
     for optimizer in optimizers:
         if optimizer.defaults.get("fused"):
@@ -614,7 +618,7 @@ def take_step(optimizers, lr, grad_clip):
             # device, so the program need not wait.
             optimizer.found_inf = (~finite).float()
             optimizer.step()
-        elif finite:
+        elif finite:                # Muon cannot skip on the device: this waits for it
             optimizer.step()
     return dict(lr=lr, grad_norm=grad_norm)
 
@@ -983,8 +987,7 @@ def restore(training, saved):
 def prepare_folder(training, resumed):
     """Move what an earlier run has written to a folder of its own, unless this one goes on."""
     out_dir = training.path.parent
-    for leftover in out_dir.glob("ckpt.pt.*.tmp"):          # of a save that was killed
-        leftover.unlink()
+    remove_leftovers(out_dir)
     patterns = "ckpt.pt", "log.csv", "samples", "curve.png", "grid_*.png"
     files = [file for pattern in patterns for file in out_dir.glob(pattern)]
     if resumed or not files:
@@ -1025,12 +1028,12 @@ def describe(training, data, known):
 
 
 def say(text, caught):
-    """Print on rank 0; a closed pipe counts as a signal to stop."""
+    """Print on rank 0; a pipe or terminal that is gone counts as a signal to stop."""
     if RANK > 0:
         return
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         caught.append(signal.SIGTERM)
 
 
@@ -1130,8 +1133,9 @@ def catch_signals():
     def catch(number, frame):
         caught.append(number)
         if number == signal.SIGINT and WORLD_SIZE == 1:
-            print("finishing the step; Ctrl-C again ends the run without saving", flush=True)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            with contextlib.suppress(OSError):      # the same Ctrl-C has ended `| tee log`
+                print("finishing the step; Ctrl-C again ends the run without saving", flush=True)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):        # Windows has no SIGHUP
         number = getattr(signal, name, None)
@@ -1327,7 +1331,9 @@ def main():
     machine = Machine(device, args.dtype, args.data_dir, args.workers)
     plan = on_rank0(lambda: make_plan(flags, args.out_dir, args.resume, args.data_dir))
     settings, path, resumed = plan.settings, plan.path, plan.resumed
-    checkpoint = load_checkpoint(plan.source) if plan.source else None
+    checkpoint = None
+    if plan.source:
+        _, checkpoint = open_checkpoint(plan.source)
     if resumed and checkpoint["step"] >= settings.max_steps:
         if RANK == 0:
             print(f"{path}: is complete, with {checkpoint['step']:,} steps; a larger --max_steps "
