@@ -354,8 +354,9 @@ def write_picture(path, picture, comment=""):
     format = Image.registered_extensions()[Path(path).suffix.lower()]
     largest = LARGEST_SIDES.get(format, math.inf)
     if max(picture.size) > largest:
-        raise UserError(f"{path}: {format} holds at most {largest:,} pixels a side, and this picture "
-                        f"has {max(picture.size):,}; draw fewer images, or write .png or .npz")
+        raise UserError(f"{path}: {format} holds at most {largest:,} pixels a side, and this "
+                        f"picture has {max(picture.size):,}; draw fewer images, or write .png or "
+                        ".npz")
     options = dict(pnginfo=info) if format == "PNG" else dict(quality=95)
     write_file(path, lambda file: picture.save(file, format=format, **options))
 

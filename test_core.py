@@ -1291,6 +1291,8 @@ def test_sample_writes_grids_npz_and_folder_with_classes_in_equal_numbers(copied
     for name, kind in (("x.jpg", "JPEG"), ("x.webp", "WEBP")):
         works(script(f"sample.py --num_images 2 --out {name}", copied))
         assert Image.open(copied / name).format == kind
+    with pytest.raises(encode.UserError, match="x.webp: WEBP holds at most 16,383 pixels"):
+        sample.write_picture("x.webp", Image.new("RGB", (1, 17_000)))
     works(script("sample.py --num_images 2 --out samples_cfg1.5", copied))  # a folder, not a type
     assert len(list((copied / "samples_cfg1.5").iterdir())) == 3
 

@@ -94,7 +94,8 @@ class Settings:
                         type=bounded(float, 0, 0.99999))
     beta2: float = flag("AdamW's decay of the mean of squares", 0.95,
                         type=bounded(float, 0, 0.99999))
-    grad_clip: float = flag("largest norm of the gradient; 0: no limit", 1.0, type=bounded(float, 0))
+    grad_clip: float = flag("largest norm of the gradient; 0: no limit", 1.0,
+                            type=bounded(float, 0))
     ema_decay: float = flag("decay of the average of the weights", type=bounded(float, 0, 1))
     accumulate: int = flag("parts that each device's share of the batch is split into", 1,
                            type=bounded(int, 1))
@@ -432,14 +433,15 @@ class LiveLatents:
 
     def read(self, indexes):
         load = functools.partial(self.dataset.load, size=self.codec.image_size)
-        images = torch.from_numpy(np.stack(list(self.pool.map(load, indexes))))
-        return images.pin_memory() if self.machine.device.type == "cuda" else images
+        images = np.stack(list(self.pool.map(load, indexes)))
+        # Copied to a card here, so that this thread waits for it, and not the main one.
+        return torch.from_numpy(images).to(self.machine.device)
 
     def to_latents(self, images):
         """(B, T, C) float32 on the device."""
         device = self.machine.device
         with torch.no_grad(), autocast(device, self.machine.dtype):
-            z = self.codec.encode(to_float(move(images, device)))
+            z = self.codec.encode(to_float(images))
         return z.half().float()     # rounded as in the cache
 
 
