@@ -1587,7 +1587,7 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("train.py --beta2 1", "--beta2 1"), ("train.py --seed 9223372036854775808", "--seed"),
     ("train.py --dataset photos --eval_every 4 --eval_ref one.npz --out_dir x", "one.npz fewer"),
     ("train.py --distill out/photos --max_steps 300", "--max_steps 300 --imitate_steps"),
-    ("train.py --resume --init_from cut.pt --out_dir out/photos", "--init_from not set"),
+    ("train.py --resume --init_from cut.pt --out_dir out/photos", "did not start from cut.pt --init_from"),
     ("train.py --codec wide --data_dir text", "text no folder --data_dir"),
     ("train.py --max_steps 1e4", "--max_steps invalid int 1e4"),
     ("train.py --resume --distill out/photos --out_dir out/photos", "is not a distillation"),

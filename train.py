@@ -204,8 +204,7 @@ BLOCKS = {"shapes": SHAPES, "flowers": FLOWERS, "afhq": AFHQ, "imagenet": IMAGEN
 # What a run takes over from the checkpoint that it starts from.
 INHERITED = ("codec", "preset", "sphere", "max_angle", "angle_mean", "angle_std")
 # What cannot be changed when a run is resumed.
-FIXED_ON_RESUME = (*INHERITED, "flip", "batch_size", "optimizer", "seed", "imitate_steps",
-                   "init_from", "distill")
+FIXED_ON_RESUME = (*INHERITED, "flip", "batch_size", "optimizer", "seed", "imitate_steps")
 # What distillation does not use.
 NOT_FOR_DISTILL = ("flip", "optimizer", "warmup", "accumulate", "label_dropout",
                    "consistency_weight", "init_from")
@@ -253,8 +252,7 @@ def refuse_changes(flags, saved, names, path):
     """Raise UserError if a flag differs from the settings saved in a checkpoint."""
     for name in names:
         if name in flags and flags[name] != saved[name]:
-            value = "not set" if saved[name] == "" else saved[name]
-            raise UserError(f"{path}: has --{name} {value}; drop yours")
+            raise UserError(f"{path}: has --{name} {saved[name]}; drop yours")
 
 
 def parse_args():
@@ -310,6 +308,9 @@ def make_plan(flags, out_dir, resume, data_dir):
             print(f"{path}: does not exist, so this run starts from the beginning")
         source = find_checkpoint(source) if source else None
         settings = choose_settings(flags, load_checkpoint(source) if source else None)
+        if source:                  # "the newest in out/" may be another one tomorrow
+            name = "distill" if settings.distill else "init_from"
+            settings = replace(settings, **{name: str(source)})
 
     if settings.distill and settings.max_steps <= settings.imitate_steps:
         raise UserError(f"--max_steps {settings.max_steps}: ends before matching begins; take more "
@@ -330,12 +331,25 @@ def resumed_settings(flags, path, data_dir):
     if flags.get("distill") and not saved["distill"]:
         raise UserError(f"{path}: is not a distillation; use another --out_dir")
     refuse_changes(flags, saved, FIXED_ON_RESUME, path)
+    for name in ("init_from", "distill"):
+        if flags.get(name) and not same_checkpoint(flags[name], saved[name]):
+            raise UserError(f"{path}: did not start from {flags[name]}; drop --{name}")
     refuse_meaningless(flags, saved["distill"])
     name, _ = locate(flags.get("dataset", saved["dataset"]), data_dir)
     saved_name, _ = locate(saved["dataset"], data_dir)
     if name != saved_name:
         raise UserError(f"{path}: has --dataset {saved['dataset']}; drop yours")
-    return Settings(**{**saved, **flags})
+    sources = {name: saved[name] for name in ("init_from", "distill")}
+    return Settings(**{**saved, **flags, **sources})
+
+
+def same_checkpoint(path, saved):
+    """Whether a path names the checkpoint that a run started from, or that one is gone."""
+    if not saved:
+        return False
+    if not Path(saved).exists():
+        return True
+    return find_checkpoint(path).resolve() == find_checkpoint(saved).resolve()
 
 
 def default_out_dir(flags, source, data_dir):
@@ -434,14 +448,16 @@ class LiveLatents:
     def read(self, indexes):
         load = functools.partial(self.dataset.load, size=self.codec.image_size)
         images = np.stack(list(self.pool.map(load, indexes)))
-        # Copied to a card here, so that this thread waits for it, and not the main one.
-        return torch.from_numpy(images).to(self.machine.device)
+        if self.machine.device.type == "cuda":
+            # The copy waits for the card, so it is made here, and not by the main thread.
+            images = torch.from_numpy(images).to(self.machine.device)
+        return images
 
     def to_latents(self, images):
         """(B, T, C) float32 on the device."""
         device = self.machine.device
         with torch.no_grad(), autocast(device, self.machine.dtype):
-            z = self.codec.encode(to_float(images))
+            z = self.codec.encode(to_float(images, device))
         return z.half().float()     # rounded as in the cache
 
 
