@@ -998,6 +998,7 @@ def test_distilled_checkpoints_are_sampled_in_one_unguided_pass(copied):
     teacher = copied / "out/photos/ckpt.pt"
     assert list(load(out / "ckpt.pt")["model"]) == list(load(teacher)["model"])
     fails_clearly(script(f"train.py --distill {out}", copied), out, "already")
+    works(script(f"train.py --distill out {flags} --resume --max_steps 6", copied), "from step 4")
     line = "train.py --distill out/photos --resume --max_steps 8 --accumulate 2"
     fails_clearly(script(line, copied), "--accumulate", "--distill")
 

@@ -332,7 +332,7 @@ def resumed_settings(flags, path, data_dir):
         raise UserError(f"{path}: is not a distillation; use another --out_dir")
     refuse_changes(flags, saved, FIXED_ON_RESUME, path)
     for name in ("init_from", "distill"):
-        if flags.get(name) and not same_checkpoint(flags[name], saved[name]):
+        if flags.get(name) and not may_be_source(flags[name], saved[name], path):
             raise UserError(f"{path}: did not start from {flags[name]}; drop --{name}")
     refuse_meaningless(flags, saved["distill"])
     name, _ = locate(flags.get("dataset", saved["dataset"]), data_dir)
@@ -343,13 +343,18 @@ def resumed_settings(flags, path, data_dir):
     return Settings(**{**saved, **flags, **sources})
 
 
-def same_checkpoint(path, saved):
-    """Whether a path names the checkpoint that a run started from, or that one is gone."""
+def may_be_source(named, saved, own):
+    """Whether a run may have started from a checkpoint that the user names.
+
+    saved: the one that it did start from, which may be gone by now. own: the run's, which is
+    what a folder of runs now gives as its newest.
+    """
     if not saved:
         return False
     if not Path(saved).exists():
         return True
-    return find_checkpoint(path).resolve() == find_checkpoint(saved).resolve()
+    found = find_checkpoint(named).resolve()
+    return found in (find_checkpoint(saved).resolve(), own.resolve())
 
 
 def default_out_dir(flags, source, data_dir):
@@ -358,6 +363,8 @@ def default_out_dir(flags, source, data_dir):
         folder = find_checkpoint(source).parent
         if folder.name in ("", ".."):
             folder = folder.resolve()
+        if folder.name.endswith("-distilled"):      # the newest in a folder is this very run's
+            return folder
         return Path(f"{folder}-distilled")
     name, _ = locate(flags.get("dataset", "shapes"), data_dir)
     out_dir = Path("out") / name
