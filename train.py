@@ -360,10 +360,11 @@ def may_be_source(named, saved, own):
 def default_out_dir(flags, source, data_dir):
     """out/<dataset>; a distilled run goes next to its source, and so does one tuned further."""
     if flags.get("distill"):
-        folder = find_checkpoint(source).parent
+        path = find_checkpoint(source)
+        folder = path.parent
         if folder.name in ("", ".."):
             folder = folder.resolve()
-        if folder.name.endswith("-distilled"):      # the newest in a folder is this very run's
+        if load_checkpoint(path)["settings"]["distill"]:    # the newest is this very run's
             return folder
         return Path(f"{folder}-distilled")
     name, _ = locate(flags.get("dataset", "shapes"), data_dir)
