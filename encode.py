@@ -114,9 +114,9 @@ def write_file(path, write):
 
 
 def remove_leftovers(folder):
-    """Remove temporary files of processes that were killed; younger ones may be in use."""
-    for leftover in Path(folder).glob("*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
+    """Remove old files of `write_file`, of processes that were killed; others may be in use."""
+    for leftover in Path(folder).glob("*.[0-9]*.tmp"):
+        with contextlib.suppress(OSError):
             if leftover.stat().st_mtime < time.time() - 3600:
                 leftover.unlink()
 
@@ -185,7 +185,7 @@ def join_processes(device="auto", weights_dir=None):
     if device == "cuda":
         device = f"cuda:{LOCAL_RANK}"
     remedy = "use auto or cpu"
-    if WORLD_SIZE > 1:
+    if WORLD_SIZE > 1 and device.startswith("cuda"):
         remedy = "start no more processes than there are GPUs, or use cpu"
     with on_failure(f"--device {device}: not available", remedy):
         if device.startswith("cuda"):
@@ -1016,7 +1016,7 @@ def fit_layout(device):
 
 def fit_codec(images, name="small", steps=FIT_STEPS, batch_size=32, seed=0, device="cpu",
               flip=False):
-    """Train a small codec on images (N, S, S, 3) uint8, and on mirrored ones if flip says so.
+    """Train a small codec on images (N, S, S, 3) uint8; flip: mirror half of each batch.
 
     Ctrl-C ends the fit early. Returns the codec, frozen, and the number of steps it took.
     """
@@ -1374,23 +1374,28 @@ def parse_args():
     return parser.parse_args()
 
 
+def check_showing(args, name):
+    """Raise UserError now for what --fit or --reconstruct could not do later."""
+    if args.fit and name in RAES:
+        raise UserError(f"--fit: {name} comes with its weights; use --codec "
+                        "small, wide or small64")
+    if Path(args.out).suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: must end in .png")
+    check_writable(Path(args.out).parent, "--out")
+    if not args.fit and name in SMALL_CODECS:
+        if find_codec_file(name, args.dataset, args.data_dir) is None:
+            raise UserError(f"--reconstruct: no codec {name} is fitted to {args.dataset}; "
+                            "--fit fits one, in minutes, and shows it")
+
+
 def main():
     args = parse_args()
     device = join_processes(args.device, args.weights_dir)
     machine = Machine(device, args.dtype, args.data_dir, args.workers)
     name = args.codec or ("small" if args.fit else default_codec(args.dataset))
-    if args.fit and name in RAES:
-        raise UserError(f"--fit: {name} comes with its weights; use --codec "
-                        "small, wide or small64")
     showing = args.fit or args.reconstruct is not None
     if showing:
-        if Path(args.out).suffix.lower() != ".png":
-            raise UserError(f"--out {args.out}: must end in .png")
-        check_writable(Path(args.out).parent, "--out")
-    if showing and not args.fit and name in SMALL_CODECS:
-        if find_codec_file(name, args.dataset, args.data_dir) is None:
-            raise UserError(f"--reconstruct: no codec {name} is fitted to {args.dataset}; "
-                            "--fit fits one, in minutes, and shows it")
+        on_rank0(lambda: check_showing(args, name))
     codec = prepare_codec(name, args.dataset, machine, args.fit_steps, args.fit, args.flip,
                           args.skip_bad)
 

@@ -49,12 +49,14 @@ def rotate(z, noise, angle, sphere=True):
     If z was predicted from e (one noise for all sampling steps), it is smaller. Making e
     orthogonal to z first would correct that, and spoil photographs (assets/results.md).
 
-    z, noise: (B, T, C). angle: (B,) or a number, in radians. sphere=False, the paper's
-    ablation, returns z + tan(a) e instead. Returns (B, T, C) float32.
+    z, noise: (B, T, C). angle: (B,) on the same device, or a number, in radians.
+    sphere=False, the paper's ablation, returns z + tan(a) e instead. Returns (B, T, C)
+    float32.
     Source: arXiv 2602.15030; paper, "projected noisy latents".
     """
     if not torch.is_tensor(angle):
-        angle = torch.full((1,), angle, dtype=torch.float32, device=z.device)   # without a wait
+        # Filled on the device, so that the program need not wait for a copy.
+        angle = torch.full((1,), angle, dtype=torch.float32, device=z.device)
     angle = angle.float().view(-1, 1, 1)
     if not sphere:
         return z.float() + angle.tan() * noise.float()
@@ -353,7 +355,7 @@ def imitation(generator, noise, labels, target):
 
     The sampler must use one noise for all its steps, so that its image x is a function of
     that noise. Imitation precedes distribution matching because it is a far better start
-    than the denoiser, which makes only a rough guess of pure noise.
+    than the denoiser, which makes only a rough guess from pure noise.
 
     noise: (B, T, C) that the sampler started from. target: (B, T, C) what it drew. Returns
     a dict of (B,) float32, "loss".

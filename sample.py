@@ -308,11 +308,9 @@ def draw_grid(grid):
 
     A caption may have several lines; what does not fit below its image is cut.
     """
-    size = len(grid[0][0][0])
-    tile = size * math.ceil(96 / size)
     lines = max(caption.count("\n") + 1 for row in grid for _, caption in row)
-    width, height = tile + 4, tile + 4 + 12 * lines
     columns = max(len(row) for row in grid)
+    tile, width, height = cell_size(len(grid[0][0][0]), lines)
     picture = Image.new("RGB", (columns * width + 4, len(grid) * height + 4), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(10)
 
@@ -325,6 +323,12 @@ def draw_grid(grid):
                 line = fit_text(line, font, tile)
                 draw.text((x + tile / 2, y + tile + 12 * k), line, "black", font, anchor="ma")
     return picture
+
+
+def cell_size(size, lines):
+    """A cell of `draw_grid`, in pixels: its image's side; its width and height with margins."""
+    tile = size * math.ceil(96 / size)
+    return tile, tile + 4, tile + 4 + 12 * lines
 
 
 def fit_text(text, font, width):
@@ -345,18 +349,28 @@ def make_grid(images, captions, columns):
 LARGEST_SIDES = {"WEBP": 16_383, "JPEG": 65_500}     # in pixels
 
 
+def format_of(path):
+    """Pillow's name of the format that a picture's suffix stands for."""
+    return Image.registered_extensions()[Path(path).suffix.lower()]
+
+
+def refuse_large(path, width, height):
+    """Raise UserError if a picture has more pixels a side than its format can hold."""
+    largest = LARGEST_SIDES.get(format_of(path), math.inf)
+    if max(width, height) > largest:
+        raise UserError(f"{path}: {format_of(path)} holds at most {largest:,} pixels a side, and "
+                        f"this picture has {max(width, height):,}; draw fewer images, or write "
+                        ".png or .npz")
+
+
 def write_picture(path, picture, comment=""):
     """Write a PIL image in the format of the path's suffix; a comment goes into PNG files."""
     info = PngInfo()
     if comment:
         # The command may name a file that is not valid UTF-8.
         info.add_text("Comment", comment.encode(errors="backslashreplace").decode())
-    format = Image.registered_extensions()[Path(path).suffix.lower()]
-    largest = LARGEST_SIDES.get(format, math.inf)
-    if max(picture.size) > largest:
-        raise UserError(f"{path}: {format} holds at most {largest:,} pixels a side, and this "
-                        f"picture has {max(picture.size):,}; draw fewer images, or write .png or "
-                        ".npz")
+    format = format_of(path)
+    refuse_large(path, *picture.size)
     options = dict(pnginfo=info) if format == "PNG" else dict(quality=95)
     write_file(path, lambda file: picture.save(file, format=format, **options))
 
@@ -528,7 +542,7 @@ def parse_args():
     add("--ckpt", type=user_path, default="out",
         help="a checkpoint, or a folder: the newest in it; default: out")
     add("--num_images", type=bounded(int, 1),
-        help="default: 8 of each of the first ten classes, or 1 of each for a filmstrip or edit")
+        help="default: 8 of each of --classes, or of the first ten; 1 for a filmstrip or edit")
     add("--classes", nargs="+", help="names or numbers, in equal shares; default: all")
     add("--seed", type=bounded(int, 0), default=0, help="of the noise; default: 0")
     add("--out", type=user_path,
@@ -604,13 +618,14 @@ def refuse_pairs(args, filmstrip):
     if args.init and args.filmstrip not in (None, "slerp"):
         raise UserError(f"--filmstrip {args.filmstrip}: draws its own samples; drop --init")
     if args.init_angle and filmstrip != "edit":
-        raise UserError("--init_angle: is for edits; name images with --init")
+        raise UserError("--init_angle: is for edits, of images named with --init and without "
+                        "--filmstrip")
     if args.pixel_loop and filmstrip:
         raise UserError("--pixel_loop: is for plain samples; drop --filmstrip and --init")
 
 
 def refuse_lone_slerp(filmstrip, ends):
-    """Raise UserError if slerp has no way to go, from one image to another."""
+    """Raise UserError if slerp has fewer than two images."""
     if filmstrip == "slerp" and len(ends) < 2:
         raise UserError("--filmstrip slerp: needs two samples, or two images of --init")
 
@@ -702,6 +717,11 @@ def main():
         on_rank0(draw_filmstrip)
         return
 
+    columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(count))
+    if result == "picture":
+        _, width, height = cell_size(codec.image_size, lines=1)
+        rows = math.ceil(count / columns)
+        on_rank0(lambda: refuse_large(out, columns * width + 4, rows * height + 4))
     batches = sample_batches(model, codec, labels, args.batch_size, seed=args.seed,
                              pixel_loop=args.pixel_loop, dtype=args.dtype, **sampling)
     if RANK > 0:
@@ -709,7 +729,6 @@ def main():
             pass                    # rank 0 gets this process's share
         return
     batches = tqdm(batches, total=math.ceil(count / args.batch_size), unit="batch")
-    columns = len(chosen) if 4 <= len(chosen) <= 12 else math.ceil(math.sqrt(count))
     write_result(out, result, batches, labels, names, codec.image_size, columns, comment)
     print(f"wrote {out}")
 

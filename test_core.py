@@ -1294,6 +1294,9 @@ def test_sample_writes_grids_npz_and_folder_with_classes_in_equal_numbers(copied
         assert Image.open(copied / name).format == kind
     with pytest.raises(encode.UserError, match="x.webp: WEBP holds at most 16,383 pixels"):
         sample.write_picture("x.webp", Image.new("RGB", (1, 17_000)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "sample_batches", lambda *_, **__: pytest.fail("drew them first"))
+        fails_clearly(script("sample.py --num_images 30000 --out x.webp", copied), "16,383 pixels")
     works(script("sample.py --num_images 2 --out samples_cfg1.5", copied))  # a folder, not a type
     assert len(list((copied / "samples_cfg1.5").iterdir())) == 3
 
@@ -1588,7 +1591,8 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("train.py --beta2 1", "--beta2 1"), ("train.py --seed 9223372036854775808", "--seed"),
     ("train.py --dataset photos --eval_every 4 --eval_ref one.npz --out_dir x", "one.npz fewer"),
     ("train.py --distill out/photos --max_steps 300", "--max_steps 300 --imitate_steps"),
-    ("train.py --resume --init_from cut.pt --out_dir out/photos", "did not start from cut.pt --init_from"),
+    ("train.py --resume --init_from cut.pt --out_dir out/photos", "cut.pt --init_from"),
+    ("train.py --init_from out --dataset photos", "--init_from out out/photos"),
     ("train.py --codec wide --data_dir text", "text no folder --data_dir"),
     ("train.py --max_steps 1e4", "--max_steps invalid int 1e4"),
     ("train.py --resume --distill out/photos --out_dir out/photos", "is not a distillation"),
@@ -1625,7 +1629,6 @@ MISTAKES = [    # a command line, and words of the line that it ends with
     ("fid.py good.npz", "--ref"), ("fid.py none.npz --ref good.npz", "none.npz No such file"),
     ("fid.py good.npz --ref good.npz --codec small", "--codec --features"),
     ("fid.py text --ref good.npz", "text neither npz"),
-    ("fid.py good.npz --ref shapes --metrics fid agreement --weights_dir none", "none sha256"),
     ("fid.py float.npz --ref good.npz", "float.npz uint8 float64"),
     ("fid.py wide.npz --ref good.npz", "wide.npz square"),
     ("fid.py one.npz --ref good.npz", "one.npz fewer than 2"),
@@ -1669,6 +1672,13 @@ def mistaken(workspace, tmp_path_factory):
 @pytest.mark.parametrize("line, words", MISTAKES)
 def test_mistakes_end_in_one_clear_line(mistaken, no_network, line, words):
     fails_clearly(script(line, mistaken), *words.split())
+
+
+def test_a_missing_network_is_named_before_a_classifier_is_trained(
+        mistaken, no_network, monkeypatch):
+    monkeypatch.setattr(fid, "train_judge", lambda *_: pytest.fail("trained it first"))
+    line = "fid.py good.npz --ref shapes --metrics fid agreement --weights_dir none"
+    fails_clearly(script(line, mistaken), "none", "sha256")
 
 
 def test_a_home_folder_a_strange_name_and_a_stray_environment_variable_do_no_harm(

@@ -57,8 +57,6 @@ def flag(help, default=MISSING, **options):
     return field(default=default, metadata=dict(help=help, **options))
 
 
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What makes a run what it is: every field is a flag, and is stored in the checkpoint.
@@ -242,9 +240,12 @@ def choose_settings(flags, checkpoint=None):
 
 def refuse_meaningless(flags, distill):
     """Raise UserError if a flag means nothing to distillation, or to other training."""
-    for name in NOT_FOR_DISTILL if distill else ONLY_FOR_DISTILL:
+    if distill:
+        names, relation = NOT_FOR_DISTILL, "means nothing to"
+    else:
+        names, relation = ONLY_FOR_DISTILL, "is only for"
+    for name in names:
         if name in flags:
-            relation = "means nothing to" if distill else "is only for"
             raise UserError(f"--{name}: {relation} --distill; drop it")
 
 
@@ -306,6 +307,8 @@ def make_plan(flags, out_dir, resume, data_dir):
     else:
         if resume:
             print(f"{path}: does not exist, so this run starts from the beginning")
+        if flags.get("init_from"):
+            refuse_several(source)
         source = find_checkpoint(source) if source else None
         settings = choose_settings(flags, load_checkpoint(source) if source else None)
         if source:                  # "the newest in out/" may be another one tomorrow
@@ -323,6 +326,14 @@ def make_plan(flags, out_dir, resume, data_dir):
     if Path(out_dir).resolve() == folder.resolve():
         raise UserError(f"--out_dir {out_dir}: holds the images; use another folder")
     return Plan(settings, path, source, resumed)
+
+
+def refuse_several(source):
+    """Raise UserError for a folder of runs: its newest would soon be the run that starts."""
+    if Path(source).is_dir() and not (Path(source) / "ckpt.pt").exists():
+        found = find_checkpoint(source)
+        raise UserError(f"--init_from {source}: is not a run's folder; name one, such as "
+                        f"{found.parent}")
 
 
 def resumed_settings(flags, path, data_dir):
@@ -901,8 +912,8 @@ def adopt_weights(denoiser, checkpoint, classes):
     table = denoiser.class_table.weight.detach().clone()
     shape, width = state["class_table.weight"].shape, table.shape[1]
     if shape[1] != width:
-        raise UserError(f"the checkpoint: class_table.weight is {tuple(shape)}, and the network's "
-                        f"has a width of {width}")
+        raise UserError(f"the checkpoint: class_table.weight is {tuple(shape)}, but the network's "
+                        f"width is {width}")
     known = [*checkpoint["classes"], None]              # None: the row of "no class"
     for row, name in enumerate([*classes, None]):
         if name in known:
@@ -1347,16 +1358,22 @@ def open_data(settings, codec, machine, live, key, skip_bad):
     return LiveLatents(dataset, labels, codec, machine, pool), dataset.classes, new_key
 
 
+def check_live(settings, skip_bad):
+    """Raise UserError for what --live cannot do."""
+    if skip_bad:
+        raise UserError("--live: encodes images as they are read; use --skip_bad without it")
+    if settings.distill:
+        raise UserError("--live: means nothing to --distill, which needs no images; drop it")
+
+
 def main():
     args, flags = parse_args()
-    if args.live and args.skip_bad:
-        raise UserError("--live: encodes images as they are read; use --skip_bad without it")
-    if flags.get("distill") and args.live:
-        raise UserError("--live: means nothing to --distill, which needs no images; drop it")
     device = join_processes(args.device, args.weights_dir)
     machine = Machine(device, args.dtype, args.data_dir, args.workers)
     plan = on_rank0(lambda: make_plan(flags, args.out_dir, args.resume, args.data_dir))
     settings, path, resumed = plan.settings, plan.path, plan.resumed
+    if args.live:
+        on_rank0(lambda: check_live(settings, args.skip_bad))
     checkpoint = None
     if plan.source:
         _, checkpoint = open_checkpoint(plan.source)

@@ -47,7 +47,9 @@ def main():
 
     rows = [("real", real), ("codec", reconstructed)]
     for row in args.rows:
-        title, _, path = row.partition("=")
+        title, equals, path = row.partition("=")
+        if not equals:
+            raise UserError(f"{row}: must be TITLE=FILE")
         with on_failure(f"{path}: missing or damaged", "sample.py --out writes such an npz"):
             samples = np.load(path)
             images, labels = samples["arr_0"], samples["arr_1"]

@@ -258,7 +258,7 @@ def main():
     one_pass = distill(denoiser, replace(DISTILL, seed=args.seed))
     minutes = (time.process_time() - started) / 60
     instruments.measure("distilled, 1 step", 1, lambda y, e: sphere_sample(one_pass, y, e[:1], 1),
-                   args.out)
+                        args.out)
 
     torch.manual_seed(args.seed)
     net, steps = trained(Denoiser(config), sphere_loss, minutes)
@@ -266,11 +266,11 @@ def main():
     for cfg in (1, 1.5, 2):
         nfe = 1 if cfg == 1 else 2
         instruments.measure(f"sphere, 1 step, guidance {cfg}", nfe,
-                       lambda y, e: sphere_sample(net, y, e[:1], cfg), args.out)
+                            lambda y, e: sphere_sample(net, y, e[:1], cfg), args.out)
     for cfg in (1, 1.5, 2, 3):
         nfe = 4 if cfg == 1 else 7
         instruments.measure(f"sphere, 4 steps, guidance {cfg}", nfe,
-                       lambda y, e: sphere_sample(net, y, same(e), cfg), args.out)
+                            lambda y, e: sphere_sample(net, y, same(e), cfg), args.out)
 
     torch.manual_seed(args.seed)
     net, steps = trained(TimedDenoiser(config, 1, speed=1000), flow_loss, minutes)
@@ -279,14 +279,14 @@ def main():
         for cfg in cfgs:
             nfe = count if cfg == 1 else 2 * count
             instruments.measure(f"flow, {count} steps, guidance {cfg}", nfe,
-                           lambda y, e: flow_sample(net, y, e[0], count, cfg), args.out)
+                                lambda y, e: flow_sample(net, y, e[0], count, cfg), args.out)
 
     torch.manual_seed(args.seed)
     net, steps = trained(TimedDenoiser(config, 2, speed=10),
                          lambda net, z, y: meanflow_loss(net, z, y, cfg_scale=2), minutes)
     print(f"| (meanflow {steps} steps) | | | | |")
     instruments.measure("meanflow, 1 step, guidance 2", 1,
-                   lambda y, e: meanflow_sample(net, y, e[0]), args.out)
+                        lambda y, e: meanflow_sample(net, y, e[0]), args.out)
 
 
 if __name__ == "__main__":
