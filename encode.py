@@ -114,7 +114,7 @@ def write_file(path, write):
 
 
 def remove_leftovers(folder):
-    """Remove old files of `write_file`, of processes that were killed; others may be in use."""
+    """Remove what killed processes left of `write_file`; files of this hour may be in use."""
     for leftover in Path(folder).glob("*.[0-9]*.tmp"):
         with contextlib.suppress(OSError):
             if leftover.stat().st_mtime < time.time() - 3600:
@@ -426,7 +426,7 @@ def load_image(path):
     """Read an image file: a PIL image in RGB, upright, transparent parts white."""
     remedy = "replace or delete it; encode.py and train.py leave it out with --skip_bad"
     with on_failure(f"{path}: cannot be read", remedy), Image.open(path) as file:
-        file.load()                 # all of it, before anything else can hide that it is damaged
+        file.load()     # first, because reading the EXIF data of a damaged PNG hides the damage
         image = upright(file)
         if image.mode.startswith("I"):              # 16-bit gray, which convert() would clip
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
@@ -640,12 +640,14 @@ def only_images(paths):
 
 
 def is_generated(folder, files, data_dir):
-    """Whether a folder is data_dir, or holds latents or runs: then it is no class of images.
+    """Whether a folder is data_dir, or holds what the scripts write: then it is no class of images.
 
     files: all that are below it.
     """
     names = {os.path.basename(path) for path in files}
-    if "ckpt.pt" in names or {"log.csv", "curve.png"} <= names or names == {"reconstruction.png"}:
+    if "ckpt.pt" in names or {"log.csv", "curve.png"} <= names:
+        return True
+    if names == {"reconstruction.png"}:         # the picture that encode.py draws
         return True
     latents = re.compile(f"({'|'.join(CODECS)})-[0-9a-f]{{8}}")
     for parent in {os.path.dirname(path) for path in files}:

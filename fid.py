@@ -529,9 +529,9 @@ def open_set(where, data_dir="data"):
     path = Path(where)
     if path.suffix.lower() in (".npz", ".npy") or zipfile.is_zipfile(path):
         return open_arrays(path)
-    file = path / "labels.txt"                  # in folders that sample.py has written
     if path.is_file():
         raise UserError(f"{path}: is neither an npz nor a folder of images")
+    file = path / "labels.txt"                  # in folders that sample.py has written
     if not file.exists():
         return ImageSet(where, find_dataset(where, data_dir), {})
     images = find_images(path)
@@ -776,10 +776,9 @@ def main():
     if compared or args.save_stats:
         if args.features == "classifier":
             extractor = classifier_extractor(judge, device)
+            reference = ImageSet(args.ref, judge.unseen, {})
         network = extractor.name
         size = extractor.size or side
-        if args.features == "classifier":
-            reference = ImageSet(args.ref, judge.unseen, {})
         wanted = METRICS if args.save_stats else args.metrics
         measured = measure_reference(reference, extractor, size, wanted, args.workers)
         if args.save_stats:
@@ -868,11 +867,11 @@ def report(args, values, network, num_samples, num_references):
         titles["fid"] = f"Frechet distance of {network}"
     compared = f", {args.ref}" if args.ref else ""
     for name, value in values.items():
-        of = f"{num_samples} samples{compared}"
+        measured_on = f"{num_samples} samples{compared}"
         if name.endswith("_real"):
-            of = args.ref
+            measured_on = args.ref
         shown = round(value, 5) + 0.0           # not -0.00000
-        print(f"{titles.get(name, name):15} {shown:12.5f}  ({of})")
+        print(f"{titles.get(name, name):15} {shown:12.5f}  ({measured_on})")
     for name, need in left_out.items():
         print(f"{name:15} left out: needs {need}")
     if args.json:

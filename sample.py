@@ -624,12 +624,6 @@ def refuse_pairs(args, filmstrip):
         raise UserError("--pixel_loop: is for plain samples; drop --filmstrip and --init")
 
 
-def refuse_lone_slerp(filmstrip, ends):
-    """Raise UserError if slerp has fewer than two images."""
-    if filmstrip == "slerp" and len(ends) < 2:
-        raise UserError("--filmstrip slerp: needs two samples, or two images of --init")
-
-
 def refuse_off_sphere(path, filmstrip, init_angles):
     """Raise UserError for what a checkpoint trained with --no-sphere cannot draw."""
     if filmstrip == "angle":
@@ -688,8 +682,14 @@ def main():
     count = args.num_images or len(chosen) * (1 if filmstrip else 8)
     labels = torch.tensor(chosen)[torch.arange(count) % len(chosen)]
     names = [classes[label] for label in labels]
-    dataset = on_rank0(lambda: find_images(*args.init)) if args.init else None
-    on_rank0(lambda: refuse_lone_slerp(filmstrip, dataset or labels))
+
+    def find_inputs():
+        dataset = find_images(*args.init) if args.init else None
+        if filmstrip == "slerp" and len(dataset or labels) < 2:
+            raise UserError("--filmstrip slerp: needs two samples, or two images of --init")
+        return dataset
+
+    dataset = on_rank0(find_inputs)
     out, result = on_rank0(lambda: choose_output(args.out, path.parent, filmstrip))
 
     passes = forward_passes(sampling["steps"], **options)

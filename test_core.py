@@ -932,8 +932,8 @@ script.{name} = signalling""")
 
 
 def test_a_terminal_or_pipe_that_is_gone_stops_a_run_instead_of_breaking_it(monkeypatch):
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in ("SIGINT", "SIGTERM",
-                                                                           "SIGHUP")}
+    names = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = {name: signal.getsignal(name) for name in names}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         caught = train.catch_signals()
@@ -950,7 +950,7 @@ def test_a_terminal_or_pipe_that_is_gone_stops_a_run_instead_of_breaking_it(monk
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler    # for the second
     finally:
         for name, handler in handlers.items():
-            signal.signal(getattr(signal, name), handler)
+            signal.signal(name, handler)
 
 
 def test_gradients_are_clipped_to_a_norm_or_not_at_all():

@@ -52,7 +52,8 @@ from sample import (
 def flag(help, default=MISSING, **options):
     """Declare a field of Settings together with its command-line flag.
 
-    options: of add_argument; without a type among them, it is the field's.
+    options: of add_argument; without a type among them, it is the field's. A bool gets a
+    --no- form, too.
     """
     return field(default=default, metadata=dict(help=help, **options))
 
@@ -373,7 +374,7 @@ def default_out_dir(flags, source, data_dir):
     if flags.get("distill"):
         path = find_checkpoint(source)
         folder = path.parent
-        if folder.name in ("", ".."):
+        if folder.name in ("", ".."):       # of ckpt.pt and ../ckpt.pt
             folder = folder.resolve()
         if load_checkpoint(path)["settings"]["distill"]:    # the newest is this very run's
             return folder
@@ -655,7 +656,7 @@ def take_step(optimizers, lr, grad_clip):
             # device, so the program need not wait.
             optimizer.found_inf = (~finite).float()
             optimizer.step()
-        elif finite:                # Muon cannot skip on the device: this waits for it
+        elif finite:                # Muon has no such switch, so the program waits here
             optimizer.step()
     return dict(lr=lr, grad_norm=grad_norm)
 

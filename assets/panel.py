@@ -50,8 +50,8 @@ def main():
         title, equals, path = row.partition("=")
         if not equals:
             raise UserError(f"{row}: must be TITLE=FILE")
-        with on_failure(f"{path}: missing or damaged", "sample.py --out writes such an npz"):
-            samples = np.load(path)
+        remedy = "sample.py --out writes such an npz"
+        with on_failure(f"{path}: missing or damaged", remedy), np.load(path) as samples:
             images, labels = samples["arr_0"], samples["arr_1"]
         rows.append((title, images[first_of_each(labels, len(classes), path)]))
 
